@@ -1,0 +1,51 @@
+"""jaxtrainer: the training loop for JAX, Flax NNX and Optax.
+
+Names are imported on first use, so that `import jaxtrainer` costs no more than JAX and Flax.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtrainer import callbacks, data, errors
+    from jaxtrainer.callback import Callback
+    from jaxtrainer.module import TrainModule
+    from jaxtrainer.result import FitResult
+    from jaxtrainer.run import History, Run
+    from jaxtrainer.trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "FitResult",
+    "History",
+    "Run",
+    "TrainModule",
+    "Trainer",
+    "callbacks",
+    "data",
+    "errors",
+]
+
+_HOMES = {
+    "Callback": "callback",
+    "FitResult": "result",
+    "History": "run",
+    "Run": "run",
+    "TrainModule": "module",
+    "Trainer": "trainer",
+}
+_MODULES = ("callbacks", "data", "errors")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"jaxtrainer.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"jaxtrainer.{name}")
+    raise AttributeError(f"module 'jaxtrainer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,299 @@
+"""`Callback`, the hooks of a run, and the list that calls them in order.
+
+Runs on the host only. May import `run` and what lies below it; knows no concrete callback.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxtrainer.errors import ConfigError, did_you_mean
+from jaxtrainer.run import Run
+from jaxtrainer.types import LogFn, PyTree, Stage
+
+Hook = Callable[..., None]
+
+
+class Callback:
+    """Base of all callbacks: override the hooks you need, the others cost nothing.
+
+    Every hook gets the `Run`, the host's record of what has happened. At each hook callbacks
+    come first, in list order, then the module; a callback with `order` 1 (it acts on metrics,
+    as EarlyStopping) or 2 (it saves, as Checkpoint) comes after the module.
+
+    Attributes:
+        order: 0, 1 or 2, see above.
+        every_n_train_steps: If set, fused dispatches end at every multiple of this many
+            optimiser steps, so that `on_train_batch_end` sees the state of exactly that step.
+
+    Example:
+        >>> class Print(Callback):
+        ...     def on_train_epoch_end(self, run):
+        ...         print(run.epoch, run.metrics["train/loss"])
+    """
+
+    order: int = 0
+    every_n_train_steps: int | None = None
+
+    def setup(self, run: Run) -> None:
+        """Start of `fit`, `validate`, `test` or `predict`, before anything compiles."""
+
+    def teardown(self, run: Run) -> None:
+        """End of the same, also after an exception."""
+
+    def on_fit_start(self, run: Run) -> None:
+        """The state is initialised or restored."""
+
+    def on_fit_end(self, run: Run) -> None:
+        """Training has ended and its last values are reported."""
+
+    def on_compile_start(self, run: Run, name: str) -> None:
+        """A program (`"train step"`, `"validate step"`, ...) is about to compile."""
+
+    def on_compile_end(self, run: Run, name: str, seconds: float) -> None:
+        """The program is compiled."""
+
+    def on_sanity_check_start(self, run: Run) -> None:
+        """A few validation batches are about to run, before training."""
+
+    def on_sanity_check_end(self, run: Run) -> None:
+        """They have run; nothing of them is kept."""
+
+    def on_train_start(self, run: Run) -> None:
+        """The first epoch of this call is about to start."""
+
+    def on_train_end(self, run: Run) -> None:
+        """The last step has run."""
+
+    def on_train_epoch_start(self, run: Run) -> None:
+        """`run.epoch` starts; not called when a run resumes in the middle of an epoch."""
+
+    def on_train_epoch_end(self, run: Run) -> None:
+        """`run.metrics` has the epoch's exact means."""
+
+    def on_train_batch_start(self, run: Run, batch: PyTree, batch_idx: int) -> int | None:
+        """A batch is about to run; return -1 to skip the rest of the epoch.
+
+        Overriding this asks for control between any two steps: each dispatch is then one step.
+        """
+
+    def on_train_batch_end(
+        self, run: Run, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
+    ) -> None:
+        """A batch has been dispatched; `outputs` are its logged scalars, still on the device."""
+
+    def on_validation_start(self, run: Run) -> None:
+        """Validation starts."""
+
+    def on_validation_end(self, run: Run) -> None:
+        """Validation has ended and its values are reported."""
+
+    def on_validation_epoch_start(self, run: Run) -> None:
+        """The validation batches are about to run."""
+
+    def on_validation_epoch_end(self, run: Run) -> None:
+        """`run.metrics` has the exact validation means."""
+
+    def on_validation_batch_start(self, run: Run, batch: PyTree, batch_idx: int) -> None:
+        """A validation batch is about to run."""
+
+    def on_validation_batch_end(
+        self, run: Run, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
+    ) -> None:
+        """A validation batch has been dispatched."""
+
+    def on_test_start(self, run: Run) -> None:
+        """Testing starts."""
+
+    def on_test_end(self, run: Run) -> None:
+        """Testing has ended."""
+
+    def on_test_epoch_start(self, run: Run) -> None:
+        """The test batches are about to run."""
+
+    def on_test_epoch_end(self, run: Run) -> None:
+        """`run.metrics` has the exact test means."""
+
+    def on_test_batch_start(self, run: Run, batch: PyTree, batch_idx: int) -> None:
+        """A test batch is about to run."""
+
+    def on_test_batch_end(
+        self, run: Run, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
+    ) -> None:
+        """A test batch has been dispatched."""
+
+    def on_predict_start(self, run: Run) -> None:
+        """Prediction starts."""
+
+    def on_predict_end(self, run: Run) -> None:
+        """Prediction has ended."""
+
+    def on_predict_epoch_start(self, run: Run) -> None:
+        """The batches to predict are about to run."""
+
+    def on_predict_epoch_end(self, run: Run) -> None:
+        """All batches are predicted."""
+
+    def on_predict_batch_start(self, run: Run, batch: PyTree, batch_idx: int) -> None:
+        """A batch is about to be predicted."""
+
+    def on_predict_batch_end(
+        self, run: Run, outputs: PyTree, batch: PyTree, batch_idx: int
+    ) -> None:
+        """`outputs` is what `predict_step` returned, as NumPy arrays."""
+
+    def on_report(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Step values have reached the host, one report interval late."""
+
+    def on_save_point(self, run: Run) -> None:
+        """The state is complete: after each dispatch and its validation, and after each epoch."""
+
+    def on_exception(self, run: Run, exception: BaseException) -> None:
+        """The run ends by an exception; `teardown` follows."""
+
+    def on_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint is about to be written; JSON data put into `checkpoint` is kept."""
+
+    def on_load_checkpoint(self, run: Run, checkpoint: Mapping[str, Any]) -> None:
+        """A checkpoint was read; `checkpoint` has what `on_save_checkpoint` put there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this callback needs to go on after a resume, as JSON data."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint; unique among the callbacks."""
+        return type(self).__name__
+
+    def traced_step(self, stage: Stage, outputs: Mapping[str, Any], batch: PyTree, log: LogFn):
+        """Add to the compiled step: pure JAX on what the step returned, recorded with `log`.
+
+        Runs while tracing only. `outputs` is what the step returned (`{"loss": ..., ...}`),
+        `batch` the batch after the device transform.
+        """
+
+    def check_batch(self, stage: Stage, batch: PyTree, outputs: Mapping[str, Any]) -> None:
+        """Look at the first batch (NumPy) and the shapes of what the step returns for it.
+
+        Runs before compilation; raise an error that says what is wrong with them.
+        """
+
+
+def _hook_names() -> tuple[str, ...]:
+    return ("setup", "teardown", *(n for n in vars(Callback) if n.startswith("on_")))
+
+
+HOOKS = _hook_names()
+"""All hooks, in the order in which `Callback` lists them."""
+
+_IN_THE_STEP = {
+    "on_before_backward": "write it into `training_step`",
+    "on_after_backward": "write it into an Optax transform in `configure_optimizers`",
+    "on_before_optimizer_step": "write it into an Optax transform in `configure_optimizers`",
+    "on_before_zero_grad": "there are no gradient buffers to clear",
+    "on_before_batch_transfer": "transform the batch in the loader",
+    "on_after_batch_transfer": "pass `device_transform=` to the loader (`data.on_device`)",
+}
+
+
+def no_hook(*_: Any) -> None:
+    """Stand in for a hook that nobody overrides."""
+
+
+class CallbackList:
+    """The overridden hooks of callbacks and module, each as one callable in the right order.
+
+    `hooks.on_train_epoch_end(run)` calls them all; a hook that nobody overrides is `no_hook`.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback], module: object) -> None:
+        self.callbacks = list(callbacks)
+        early = [c for c in self.callbacks if c.order == 0]
+        late = sorted((c for c in self.callbacks if c.order > 0), key=lambda c: c.order)
+        self._owners = [*early, module, *late]
+        for owner in self._owners:
+            check_hooks(owner)
+        self._called = {name: self._overrides(name) for name in HOOKS}
+        for name, calls in self._called.items():
+            setattr(self, name, _in_turn(name, calls))
+        self.traced = [c.traced_step for c in self.callbacks if _overrides(c, "traced_step")]
+        steps = {c.every_n_train_steps for c in self.callbacks if c.every_n_train_steps}
+        self.periods = tuple(sorted(steps))
+        self.checks = [c.check_batch for c in self.callbacks if _overrides(c, "check_batch")]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(name)
+
+    def _overrides(self, name: str) -> list[Callable[..., Any]]:
+        return [getattr(o, name) for o in self._owners if _overrides(o, name)]
+
+    def has(self, name: str) -> bool:
+        """Return whether anybody overrides the hook."""
+        return bool(self._called[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every callback that has one, by `state_key`."""
+        states = {c.state_key: c.state_dict() for c in self.callbacks}
+        return {key: state for key, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Give every callback its state back."""
+        for callback in self.callbacks:
+            if callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
+
+
+def _overrides(owner: object, name: str) -> bool:
+    own = getattr(type(owner), name, None)
+    if name in vars(owner):
+        return True
+    return own is not None and own is not getattr(Callback, name)
+
+
+def _in_turn(name: str, calls: list[Callable[..., Any]]) -> Callable[..., Any]:
+    if not calls:
+        return no_hook
+    if len(calls) == 1 and name != "on_exception":
+        return calls[0]
+
+    def call_all(*args: Any) -> int | None:
+        results = [call(*args) for call in calls]
+        return -1 if -1 in results else None
+
+    return call_all
+
+
+def check_hooks(owner: object) -> None:
+    """Raise ConfigError for a misspelt hook, or one whose parameters do not fit."""
+    name_of = type(owner).__name__
+    for name in dir(type(owner)):
+        if name in _IN_THE_STEP:
+            raise ConfigError(
+                f"{name_of}.{name} has no counterpart here, because the whole step is one "
+                f"compiled program: {_IN_THE_STEP[name]}."
+            )
+        if name.startswith("on_") and name not in HOOKS:
+            hint = did_you_mean(name, HOOKS, cutoff=0.8)
+            if hint:
+                raise ConfigError(f"{name_of}.{name} is not a hook and is never called.{hint}")
+        if name in HOOKS and _overrides(owner, name):
+            _check_signature(owner, name)
+
+
+def _check_signature(owner: object, name: str) -> None:
+    wanted = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+    hook = getattr(owner, name)
+    try:
+        inspect.signature(hook).bind(*wanted)
+    except TypeError:
+        got = ", ".join(["self", *inspect.signature(hook).parameters])
+        raise ConfigError(
+            f"{type(owner).__name__}.{name}({got}) does not fit; "
+            f"write `def {name}({', '.join(['self', *wanted])})`."
+        ) from None

@@ -1,0 +1,1 @@
+"""The loops, one stage a file: plain functions, the whole order of operations in one place."""

@@ -1,0 +1,187 @@
+"""The training loop: the host side of a run, from the first epoch to the last.
+
+Imports no concrete callback, store or step: the trainer hands them over in a `FitPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxtrainer.callback import CallbackList
+from jaxtrainer.feed import Chunk, Feed
+from jaxtrainer.loops.report import Reporter
+from jaxtrainer.loops.views import BatchView
+from jaxtrainer.metrics import LoggedOutputs, Totals
+from jaxtrainer.run import Run
+from jaxtrainer.types import PyTree
+
+CONTROL = 3
+"""Length of the control vector before its flags: start, stop, reset."""
+
+
+@dataclass(kw_only=True)
+class FitPlan:
+    """What the loop drives, assembled once by the trainer.
+
+    Attributes:
+        step: The compiled training program.
+        totals: Meaning of its metric rows.
+        resident: Data on the device, or None.
+        feed: Started feed of the training batches.
+        hooks: Overridden hooks.
+        reporter: Brings step values to the host.
+        validate: Runs validation; None without a validation loader.
+        should_validate: Whether it is due, asked after every dispatch.
+        val_every_n_batches: Dispatches end at its multiples (batches within the epoch).
+        fused: Whether `step` runs several batches at once.
+    """
+
+    step: Callable[..., Any]
+    totals: Totals
+    resident: PyTree
+    feed: Feed
+    hooks: CallbackList
+    reporter: Reporter
+    validate: Callable[[Run], None] | None
+    should_validate: Callable[[Run, bool], bool]
+    val_every_n_batches: int | None
+    fused: bool
+
+
+def fit(run: Run, plan: FitPlan) -> None:
+    """Train until a limit is reached or somebody asks to stop."""
+    hooks = plan.hooks
+    run.stage = "train"
+    hooks.on_train_start(run)
+    chunks = iter(plan.feed)
+    run.check_limits()
+    while not run.is_done:
+        if run.batch_idx == 0:
+            hooks.on_train_epoch_start(run)
+        is_whole = _train_epoch(run, plan, chunks)
+        if is_whole or run.stop_reason != "interrupted":
+            _end_epoch(run, plan)
+        hooks.on_save_point(run)
+        if is_whole:
+            run.num_batches = run.batch_idx if plan.feed.dropped_rows else run.num_batches
+            run.next_epoch()
+            run.check_limits()
+    plan.reporter.finish(run)
+    hooks.on_train_end(run)
+
+
+def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
+    """Run the rest of the epoch; return whether it was run to its end."""
+    hooks, step, feed = plan.hooks, plan.step, plan.feed
+    each_batch = hooks.has("on_train_batch_end")
+    run.is_epoch_end = False
+    while True:
+        chunk = _next_chunk(run, chunks)
+        if chunk is None:
+            return run.batch_idx > 0
+        start = 0
+        while start < chunk.size:
+            if _wants_to_skip(run, plan, chunk, start):
+                _skip_epoch(chunk, chunks)
+                return True
+            count = min(chunk.size - start, _room(run, plan))
+            control, steps = _control(run, chunk, start, count, feed.capacity)
+            began = run.clock()
+            run.state, rows = step(run.state, plan.resident, chunk.tree, control)
+            run.timings.seconds["dispatch"] += run.clock() - began
+            feed.dispatched(rows)
+            first_row = start if plan.fused else 0
+            run.loader_state = chunk.states[start + count - 1]
+            run.advance(count, steps[-1] - run.global_step)
+            plan.reporter.after(run, rows, first_row, steps)
+            start += count
+            is_last = chunk.is_last and start == chunk.size
+            run.is_epoch_end = is_last
+            if each_batch:
+                _end_batches(run, plan, chunk, rows, start - count, count, first_row)
+            run.check_limits()
+            if plan.validate is not None and plan.should_validate(run, is_last):
+                plan.validate(run)
+                run.stage = "train"
+            if not is_last:
+                hooks.on_save_point(run)
+            if run.is_done and not is_last:
+                return False
+        if chunk.is_last:
+            return True
+
+
+def _next_chunk(run: Run, chunks: Iterator[Chunk]) -> Chunk | None:
+    began = run.clock()
+    chunk = next(chunks, None)
+    # A feed that was held back by a busy device is not short of data.
+    phase = "device" if chunk is not None and chunk.was_throttled else "data"
+    run.timings.seconds[phase] += run.clock() - began
+    return chunk
+
+
+def _room(run: Run, plan: FitPlan) -> int:
+    """Return how many batches may run before somebody wants control."""
+    if not plan.fused or plan.hooks.has("on_train_batch_start"):
+        return 1
+    room = 1 << 30
+    if plan.val_every_n_batches is not None:
+        room = plan.val_every_n_batches - run.batch_idx % plan.val_every_n_batches
+    into_window = run.batch_idx % run.accumulate
+    for period in plan.hooks.periods:
+        steps = period - run.global_step % period
+        room = min(room, steps * run.accumulate - into_window)
+    if run.limits.max_steps is not None:
+        steps = run.limits.max_steps - run.global_step
+        room = min(room, steps * run.accumulate - into_window)
+    return max(room, 1)
+
+
+def _control(
+    run: Run, chunk: Chunk, start: int, count: int, capacity: int
+) -> tuple[np.ndarray, list[int]]:
+    """Return the control vector, and the optimiser step after each of the batches."""
+    control = np.zeros(CONTROL + capacity, np.int32)
+    control[:CONTROL] = start, start + count, run.batch_idx == 0
+    if run.accumulate == 1:
+        return control, list(range(run.global_step + 1, run.global_step + count + 1))
+    index = run.batch_idx + 1 + np.arange(count)
+    ends = index % run.accumulate == 0
+    # A window that the epoch's end cuts short is applied there, weighted by what it has.
+    if chunk.is_last and start + count == chunk.size:
+        ends[-1] = True
+    control[CONTROL + start : CONTROL + start + count] = ends
+    return control, (run.global_step + np.cumsum(ends)).tolist()
+
+
+def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
+    if not plan.hooks.has("on_train_batch_start"):
+        return False
+    batch = BatchView(chunk.tree, plan.resident, start)
+    return plan.hooks.on_train_batch_start(run, batch.get(), run.batch_idx) == -1
+
+
+def _skip_epoch(chunk: Chunk, chunks: Iterator[Chunk]) -> None:
+    while not chunk.is_last:
+        chunk = next(chunks)
+
+
+def _end_batches(
+    run: Run, plan: FitPlan, chunk: Chunk, rows: Any, start: int, count: int, first_row: int
+) -> None:
+    for i in range(count):
+        outputs = LoggedOutputs(plan.totals.specs, rows, first_row + i)
+        batch = BatchView(chunk.tree, plan.resident, start + i)
+        plan.hooks.on_train_batch_end(run, outputs, batch.get(), run.batch_idx - count + i)
+
+
+def _end_epoch(run: Run, plan: FitPlan) -> None:
+    plan.reporter.flush(run)
+    with run.timings.phase("device"):
+        totals = np.asarray(run.state.totals)
+    run.record("epoch", plan.totals.compute(totals))
+    plan.hooks.on_train_epoch_end(run)

@@ -1,0 +1,67 @@
+"""Step values to the host, one report interval late. May import levels 0 to 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxtrainer.callback import CallbackList
+from jaxtrainer.metrics import Totals
+from jaxtrainer.run import Run
+
+Point = tuple[int, int]
+"""Row of a metrics buffer, and the optimiser step it belongs to."""
+
+
+class Reporter:
+    """Keeps the rows of the newest report on the device until the next one is due.
+
+    By then they have long been computed, so that fetching them waits for nothing, and the
+    device already has the following steps in its queue.
+
+    Args:
+        totals: Meaning of a row.
+        every: Report every this many batches.
+        hooks: `on_report` gets the values.
+    """
+
+    def __init__(self, totals: Totals, every: int, hooks: CallbackList) -> None:
+        self.totals = totals
+        self.every = every
+        self.hooks = hooks
+        self._pending: tuple[jax.Array, Sequence[Point]] | None = None
+        self._last: tuple[jax.Array, Point] | None = None
+
+    def after(self, run: Run, rows: jax.Array, first_row: int, steps: Sequence[int]) -> None:
+        """Take the rows of a dispatch; `steps` is the optimiser step after each of its batches."""
+        self._last = (rows, (first_row + len(steps) - 1, steps[-1]))
+        before = run.total_batches - len(steps)
+        due = self.every - before % self.every
+        if due <= len(steps):
+            points = [(first_row + i, steps[i]) for i in range(due - 1, len(steps), self.every)]
+            self.flush(run)
+            self._pending = (rows, points)
+            if points[-1] == self._last[1]:
+                self._last = None
+
+    def flush(self, run: Run) -> None:
+        """Fetch the pending report, in one transfer, and hand it on."""
+        if self._pending is None:
+            return
+        (rows, points), self._pending = self._pending, None
+        with run.timings.phase("device"):
+            values = np.asarray(rows)
+        for row, step in points:
+            metrics = self.totals.step_values(values[row])
+            run.record("step", metrics, step)
+            self.hooks.on_report(run, metrics)
+
+    def finish(self, run: Run) -> None:
+        """Report what is pending, and the last step if it fell between two reports."""
+        self.flush(run)
+        if self._last is not None:
+            rows, point = self._last
+            self._pending, self._last = (rows, [point]), None
+            self.flush(run)

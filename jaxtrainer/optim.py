@@ -1,0 +1,53 @@
+"""What `configure_optimizers` returned, as one pair of init and update over the params.
+
+Runs while tracing. May import what is at or below level 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrainer.errors import ConfigError
+from jaxtrainer.types import Array, PyTree
+
+
+def parse_optimizer(returned: Any, owner: str) -> optax.GradientTransformationExtraArgs:
+    """Return the Optax transformation that `configure_optimizers` returned.
+
+    Raises:
+        ConfigError: For anything else, with the corrected code.
+    """
+    if isinstance(returned, optax.GradientTransformation):
+        return optax.with_extra_args_support(returned)
+    hint = "return e.g. `optax.adam(1e-3)`"
+    if isinstance(returned, tuple | list | Mapping):
+        hint = "a schedule is part of its optimizer: return e.g. `optax.adam(optax.cosine_decay_schedule(1e-3, steps))`"
+    elif type(returned).__name__ == "Optimizer":
+        hint = "the trainer keeps its state itself: return the Optax transformation alone"
+    raise ConfigError(
+        f"{owner}.configure_optimizers returned a {type(returned).__name__}, expected an "
+        f"`optax.GradientTransformation`; {hint}."
+    )
+
+
+def clip(grads: PyTree, limit: float, algorithm: str) -> tuple[PyTree, Array | None]:
+    """Clip gradients, and return them with their global norm before (None if not computed).
+
+    Args:
+        grads: Pytree of gradients.
+        limit: Largest norm of all gradients together (`"norm"`), or of each number (`"value"`).
+        algorithm: `"norm"` or `"value"`.
+
+    References:
+        Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
+    """
+    if algorithm == "value":
+        return jax.tree.map(lambda g: jnp.clip(g, -limit, limit), grads), None
+    norm = optax.global_norm(grads)
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
+    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm

@@ -1,0 +1,141 @@
+"""From traced functions to compiled programs: ahead of time, on threads, from specs alone.
+
+May import levels 0 to 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxtrainer.errors import ConfigError
+from jaxtrainer.feed import FeedSpec
+from jaxtrainer.module import TrainModule
+from jaxtrainer.sharding import batch_sharding, replicated
+from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
+from jaxtrainer.step import APPLY, OptimizerOptions, init_opt_state
+from jaxtrainer.types import PyTree
+
+_SMALL_MODEL = 50_000_000
+"""Parameters up to which initialisation compiles without optimisation: it runs once."""
+
+
+class Initializer:
+    """The traced `configure_model`, and with it the structure of the state.
+
+    Nothing is allocated by making one: `params` and `model_state` are abstract.
+
+    Args:
+        module: The user's module. If it has a trained model, that is where training starts.
+        seed: Seed of parameters, dropout and step keys.
+    """
+
+    def __init__(self, module: TrainModule, seed: int) -> None:
+        self.module = module
+        self.seed = np.uint32(seed)
+        self.given: tuple[Nested, Nested] | None = None
+        self.adapter: Adapter
+        if module.model is not None:
+            self.adapter = adapter_for(module.model)
+            self.given = self.adapter.split(module.model)
+            self.params, self.model_state = abstract(self.given)
+        else:
+            shapes = jax.eval_shape(self._model, self.seed)
+            self.params, self.model_state = shapes
+
+    def _model(self, seed: Any) -> tuple[Nested, Nested]:
+        model_key = jax.random.split(jax.random.key(seed))[0]
+        model = self.module.configure_model(nnx.Rngs(model_key))
+        if model is None:
+            raise ConfigError(f"{type(self.module).__name__}.configure_model returned None.")
+        self.adapter = adapter_for(model)
+        return self.adapter.split(model)
+
+    def state_fn(self, options: OptimizerOptions) -> tuple[Callable[..., TrainState], tuple]:
+        """Return a function that makes the state without metric totals, and its arguments."""
+
+        def make(seed: Any, given: Any) -> TrainState:
+            params, model_state = self._model(seed) if given is None else given
+            opt_state, window = init_opt_state(options, params)
+            return TrainState(
+                batch_count=np.int32(0),
+                params=params,
+                model_state=model_state,
+                opt_state=opt_state,
+                rng=jax.random.split(jax.random.key(seed))[1],
+                totals=None,
+                accumulated=window,
+            )
+
+        return make, (self.seed, self.given)
+
+    def compile_options(self) -> dict[str, Any]:
+        """Return XLA options for programs that run once."""
+        small = size_of(self.params)[0] <= _SMALL_MODEL
+        return {"xla_backend_optimization_level": 0} if small else {}
+
+
+def compile_all(*jobs: Callable[[], Any]) -> list[Any]:
+    """Run compilations side by side (XLA releases the interpreter lock) and return the results."""
+    if len(jobs) == 1:
+        return [jobs[0]()]
+    with ThreadPoolExecutor(max_workers=len(jobs), thread_name_prefix="jaxtrainer-compile") as pool:
+        futures = [pool.submit(job) for job in jobs]
+        return [future.result() for future in futures]
+
+
+def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:
+    """Return the specs of a chunk: leaves `[capacity, rows, ...]`, placed like the feed's."""
+    sharding = batch_sharding(mesh, rows, stacked=True)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((capacity, rows, *x.shape[1:]), x.dtype, sharding=sharding),
+        spec.fed,
+    )
+
+
+def batch_spec(spec: FeedSpec, mesh: Mesh, rows: int) -> PyTree:
+    """Return the spec of one batch of that many rows, as the device transform gets it."""
+    # With the mesh in its type, the step traced from it is the one found in JAX's trace cache.
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), spec.batch
+    )
+    return on_mesh(batch, mesh)
+
+
+def control_spec(capacity: int) -> jax.ShapeDtypeStruct:
+    """Return the spec of the control vector."""
+    return jax.ShapeDtypeStruct((APPLY + capacity,), np.int32)
+
+
+def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return abstract arrays that live whole on every device of the mesh."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def use_compilation_cache(directory: Path) -> None:
+    """Keep compiled programs on disk, unless the user has chosen a cache already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def timed(job: Callable[[], Any]) -> Callable[[], tuple[Any, float]]:
+    """Return the job with its seconds."""
+
+    def run() -> tuple[Any, float]:
+        began = time.perf_counter()
+        return job(), time.perf_counter() - began
+
+    return run

@@ -1,0 +1,231 @@
+"""`Run`: the host's record of a run: counters, limits, metrics, history, timings.
+
+Integers, floats and a clock; reads no device. Callbacks and loggers receive it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtrainer.types import Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When training ends. `None` is no limit; `max_time_s` is in seconds."""
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    max_time_s: float | None = None
+    min_epochs: int = 0
+    min_steps: int = 0
+
+
+@dataclass(kw_only=True)
+class Series:
+    """One logged series: the value at each optimiser step and epoch it was reported at."""
+
+    steps: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def append(self, step: int, epoch: int, value: float) -> None:
+        """Add one point."""
+        self.steps.append(step)
+        self.epochs.append(epoch)
+        self.values.append(value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(kw_only=True)
+class History:
+    """Every reported value: `step` has values at single steps, `epoch` the exact epoch means.
+
+    Example:
+        >>> history = History()
+        >>> history.add("epoch", {"val/loss": 0.5}, step=10, epoch=0)
+        >>> history["val/loss"].values
+        [0.5]
+    """
+
+    step: dict[str, Series] = field(default_factory=dict)
+    epoch: dict[str, Series] = field(default_factory=dict)
+
+    def add(self, kind: str, metrics: Mapping[str, float], *, step: int, epoch: int) -> None:
+        """Append one point to each series of the kind, `"step"` or `"epoch"`."""
+        table = self.step if kind == "step" else self.epoch
+        for name, value in metrics.items():
+            table.setdefault(name, Series()).append(step, epoch, value)
+
+    def __getitem__(self, name: str) -> Series:
+        """Return the epoch series of that name, or else its step series."""
+        for table in (self.epoch, self.step):
+            if name in table:
+                return table[name]
+        known = ", ".join(self) or "none"
+        raise KeyError(f"no series {name!r}; logged: {known}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.step, **self.epoch})
+
+    def __len__(self) -> int:
+        return len({**self.step, **self.epoch})
+
+
+class Timings:
+    """Seconds by phase: `data`, `device`, `dispatch`, `compile`, `validate`, `checkpoint`, ...
+
+    `data` is time the loop waited for the loader, `device` time it waited because the device
+    was still busy, which is what a well-fed run shows.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.started = clock()
+        self._inner_s = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the phase, less that of the phases inside it."""
+        start, outer_inner_s, self._inner_s = self.clock(), self._inner_s, 0.0
+        try:
+            yield
+        finally:
+            spent = self.clock() - start
+            self.seconds[name] += spent - self._inner_s
+            self._inner_s = outer_inner_s + spent
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run was made."""
+        return self.clock() - self.started
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What has happened so far, as callbacks and module hooks see it.
+
+    Attributes:
+        stage: `"fit"`, `"sanity"`, `"train"`, `"validate"`, `"test"` or `"predict"`.
+        epoch: Index of the current epoch.
+        batch_idx: Batches of this epoch that have been dispatched.
+        global_step: Optimiser updates so far.
+        total_batches: Batches trained on so far, over all epochs.
+        samples: Samples trained on so far.
+        num_batches: Training batches an epoch, after limits; None if the loader has no length.
+        metrics: Latest value on the host of every series.
+        prog_bar: The series that the bar shows.
+        state: The `TrainState` on the device; the arrays live until the next dispatch.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    clock: Clock = time.monotonic
+    stage: str = "fit"
+    epoch: int = 0
+    batch_idx: int = 0
+    global_step: int = 0
+    total_batches: int = 0
+    samples: int = 0
+    batch_size: int = 0
+    num_batches: int | None = None
+    num_eval_batches: int | None = None
+    eval_batch_idx: int = 0
+    accumulate: int = 1
+    should_stop: bool = False
+    stop_reason: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    prog_bar: set[str] = field(default_factory=set)
+    history: History = field(default_factory=History)
+    config: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    state: Any = None
+    loader_state: Any = None
+    is_epoch_end: bool = False
+    resumed_step: int | None = None
+    capture: Callable[[], Any] | None = None
+    best_checkpoint: str | None = None
+    last_checkpoint: str | None = None
+    elapsed_before_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.timings = Timings(self.clock)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of this run, those before a resume included."""
+        return self.elapsed_before_s + self.timings.elapsed_s
+
+    @property
+    def estimated_steps(self) -> int | None:
+        """Optimiser steps that the limits allow; None if neither limit nor length tells."""
+        by_epoch = None
+        if self.num_batches is not None and self.limits.max_epochs is not None:
+            by_epoch = -(-self.num_batches // self.accumulate) * self.limits.max_epochs
+        known = [n for n in (by_epoch, self.limits.max_steps) if n is not None]
+        return min(known) if known else None
+
+    def advance(self, batches: int, steps: int) -> None:
+        """Count batches dispatched and the optimiser updates in them."""
+        self.batch_idx += batches
+        self.total_batches += batches
+        self.global_step += steps
+        self.samples += batches * self.batch_size
+
+    def next_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch += 1
+        self.batch_idx = 0
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end at the next boundary; the first reason stands."""
+        self.should_stop = True
+        self.stop_reason = self.stop_reason or reason
+
+    def log(self, name: str, value: float, *, prog_bar: bool = False) -> None:
+        """Record a host value as an epoch point, e.g. from a hook."""
+        self.record("epoch", {name: float(value)})
+        if prog_bar:
+            self.prog_bar.add(name)
+
+    def record(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Take reported values into `metrics` and `history`; names with `_` first are private."""
+        self.metrics.update(metrics)
+        public = {k: v for k, v in metrics.items() if not _is_private(k)}
+        at = self.global_step if step is None else step
+        self.history.add(kind, public, step=at, epoch=self.epoch)
+
+    def notice(self, text: str) -> None:
+        """Keep a line for the user, once."""
+        if text not in self.notices:
+            self.notices.append(text)
+
+    def check_limits(self) -> None:
+        """Stop if a limit is reached; called after every dispatch and epoch."""
+        limits = self.limits
+        if limits.max_steps is not None and self.global_step >= limits.max_steps:
+            self.stop("max_steps")
+        elif limits.max_epochs is not None and self.epoch >= limits.max_epochs:
+            self.stop("max_epochs")
+        elif limits.max_time_s is not None and self.elapsed_s >= limits.max_time_s:
+            self.stop("max_time")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether to stop now: asked for, and not held back by the minimum limits."""
+        if not self.should_stop:
+            return False
+        if self.stop_reason in ("max_steps", "max_epochs", "max_time", "interrupted"):
+            return True
+        return self.epoch >= self.limits.min_epochs and self.global_step >= self.limits.min_steps
+
+
+def _is_private(name: str) -> bool:
+    return name.rsplit("/", 1)[-1].startswith("_")

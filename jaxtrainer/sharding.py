@@ -1,0 +1,84 @@
+"""The device mesh, and where state and batches live on it.
+
+Imports `errors` and `types` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrainer.errors import ConfigError
+from jaxtrainer.types import PyTree
+
+DATA_AXES = ("data", "fsdp")
+
+
+def build_mesh(mesh: Mapping[str, int] | Mesh | None) -> Mesh:
+    """Return the mesh over all devices of all processes.
+
+    Args:
+        mesh: Axis sizes, one of them -1 for "the rest" (`{"data": -1}`, the default), or a Mesh.
+
+    Raises:
+        ConfigError: If the sizes do not make up the devices there are.
+    """
+    if isinstance(mesh, Mesh):
+        return mesh
+    sizes = dict(mesh or {"data": -1})
+    devices = jax.devices()
+    fixed = int(np.prod([n for n in sizes.values() if n != -1]))
+    if list(sizes.values()).count(-1) > 1 or fixed < 1 or len(devices) < fixed:
+        raise ConfigError(
+            f"mesh={sizes} does not fit the {len(devices)} devices there are; "
+            'at most one axis may be -1: `mesh={"data": -1}`.'
+        )
+    sizes = {name: len(devices) // fixed if n == -1 else n for name, n in sizes.items()}
+    count = int(np.prod(list(sizes.values())))
+    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def num_data_shards(mesh: Mesh) -> int:
+    """Return over how many parts of the mesh a batch is divided."""
+    return int(np.prod([mesh.shape[a] for a in DATA_AXES if a in mesh.shape]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, batch_size: int, *, stacked: bool) -> NamedSharding:
+    """Return where a batch lives: rows divided over the data axes, or whole on each device.
+
+    A batch that does not divide evenly (the last one of an evaluation) is replicated, so that
+    no row is dropped and none counts twice.
+
+    Args:
+        mesh: The device mesh.
+        batch_size: Rows of the batch.
+        stacked: Whether batches are stacked along a leading axis, `[steps, batch, ...]`.
+    """
+    axes = tuple(a for a in DATA_AXES if a in mesh.shape)
+    if not axes or batch_size % num_data_shards(mesh):
+        return replicated(mesh)
+    return NamedSharding(mesh, P(None, axes) if stacked else P(axes))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Raise ConfigError if a training batch does not divide over the mesh."""
+    shards = num_data_shards(mesh)
+    if batch_size % shards:
+        raise ConfigError(
+            f"a batch of {batch_size} rows does not divide over {shards} devices; use a multiple "
+            f'of {shards}, or fewer devices: `Trainer(mesh={{"data": 1}})`.'
+        )
+
+
+def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Put a pytree of host arrays on the devices."""
+    return jax.device_put(tree, sharding)

@@ -1,0 +1,381 @@
+"""Everything that is traced: the training, evaluation and prediction programs.
+
+One call of the training program runs up to K steps: gather or slice the batch, the user's
+step, gradients, accumulation, clipping, optimiser, metrics. May import levels 0 to 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxtrainer.errors import StepError
+from jaxtrainer.metrics import MetricSpec, Recorder, Totals
+from jaxtrainer.module import TrainModule, tracing
+from jaxtrainer.optim import clip
+from jaxtrainer.precision import Precision
+from jaxtrainer.state import Adapter, Nested, TrainState
+from jaxtrainer.types import Array, PyTree, Stage
+
+START, STOP, RESET, APPLY = range(4)
+"""Slots of the control vector; from `APPLY` on, whether each batch ends an accumulation window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What the programs of one call of the trainer have in common.
+
+    Attributes:
+        capacity: Batches a chunk holds.
+        traced: Traced parts of the callbacks.
+    """
+
+    module: TrainModule
+    adapter: Adapter
+    precision: Precision
+    traced: Sequence[Callable[..., None]] = ()
+    transform: Callable[[PyTree], PyTree] | None = None
+    resident: bool = False
+    capacity: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What turns gradients into an update."""
+
+    tx: optax.GradientTransformationExtraArgs
+    accumulate: int = 1
+    clip_value: float | None = None
+    clip_algorithm: str = "norm"
+
+
+@dataclass(kw_only=True)
+class Program:
+    """Functions ready to be compiled, and what their metric rows mean.
+
+    Attributes:
+        single: Runs the one batch `control[START]` of a chunk.
+        fused: Runs the batches from `control[START]` to `control[STOP]`.
+        totals: Meaning of a row.
+        outputs: What the user's step returns: specs by key.
+    """
+
+    single: Callable[..., Any]
+    fused: Callable[..., Any]
+    totals: Totals
+    outputs: Mapping[str, Any]
+
+    @property
+    def specs(self) -> tuple[MetricSpec, ...]:
+        """Return the logged metrics, in the order of a row."""
+        return self.totals.specs
+
+
+def init_opt_state(options: OptimizerOptions, params: Nested) -> tuple[PyTree, PyTree]:
+    """Return optimiser state and the empty accumulation window (traced)."""
+    window: PyTree = {}
+    if options.accumulate > 1:
+        grads = jax.tree.map(jnp.zeros_like, params)
+        window = {"grads": grads, "weight": jnp.zeros((), jnp.float32)}
+    return {"default": options.tx.init(params)}, window
+
+
+def build_train_step(
+    options: StepOptions, optimizer: OptimizerOptions, state: TrainState, batch: PyTree
+) -> Program:
+    """Return programs `fn(state, resident, chunk, control) -> (state, rows)`.
+
+    Args:
+        options: Module, model and layout of the chunk.
+        optimizer: How gradients become updates.
+        state: Abstract or real state; its `totals` are not looked at.
+        batch: Spec of one batch, as the loader gives it.
+
+    Returns:
+        The programs. `chunk` has leaves `[capacity, batch, ...]`, or `[capacity, batch]` int32
+        row indices into `resident`; `control` is int32 `[APPLY + capacity]`; `rows` comes back
+        as `[capacity, num_metrics]` float32 (`[1, num_metrics]` unfused).
+    """
+    trace = _Traced(options, "train")
+
+    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
+        def loss_fn(params: Nested) -> tuple[Array, Any]:
+            return trace.run(params, model_state, batch, key)
+
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, loss, *aux
+
+    # Traced here once; inside the loop below the cached jaxpr is put in line.
+    inner = jax.jit(gradients, inline=True)
+    jax.eval_shape(inner, state.params, state.model_state, batch, state.rng)
+    specs = list(trace.recorder.specs.values())
+    if logs_norm := optimizer.clip_value is not None and optimizer.clip_algorithm == "norm":
+        specs.append(
+            MetricSpec(
+                name="train/grad_norm", reduce="mean", prog_bar=False, on_step=True, on_epoch=False
+            )
+        )
+    totals = Totals(tuple(specs))
+
+    def one_step(state: TrainState, batch: PyTree, apply: Array) -> tuple[TrainState, Array]:
+        key = jax.random.fold_in(state.rng, state.batch_count)
+        grads, loss, model_state, row, weights, weight = inner(
+            state.params, state.model_state, batch, key
+        )
+        state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
+        state, norm = _optimise(optimizer, state, grads, loss, weight, apply)
+        if logs_norm:
+            row = jnp.append(row, norm)
+            weights = jnp.append(weights, apply.astype(jnp.float32))
+        return state._replace(totals=totals.update(state.totals, row, weights)), row
+
+    def with_totals(state: TrainState, control: Array) -> TrainState:
+        return state._replace(
+            totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals)
+        )
+
+    def single(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
+        i = control[START]
+        batch = _take(options, resident, chunk, i)
+        state, row = one_step(with_totals(state, control), batch, control[APPLY + i] > 0)
+        return state, row[None]
+
+    def fused(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
+        def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+            state, rows = carry
+            batch = _take(options, resident, chunk, i)
+            state, row = one_step(state, batch, control[APPLY + i] > 0)
+            return state, rows.at[i].set(row)
+
+        rows = jnp.zeros((options.capacity, len(specs)), jnp.float32)
+        carry = with_totals(state, control), rows
+        return lax.fori_loop(control[START], control[STOP], body, carry)
+
+    return Program(single=single, fused=fused, totals=totals, outputs=trace.outputs)
+
+
+def build_eval_step(
+    options: StepOptions, stage: Stage, params: Nested, model_state: Nested, batch: PyTree
+) -> Program:
+    """Return programs `fn(params, model_state, totals, resident, chunk, control)`.
+
+    They return `(totals, rows)`, with shapes as in `build_train_step`; `totals` is
+    `[4, num_metrics]` float32.
+    """
+    trace = _Traced(options, stage)
+
+    def forward(params: Nested, model_state: Nested, batch: PyTree) -> tuple[Array, Array]:
+        _, (_, row, weights, _) = trace.run(params, model_state, batch, None)
+        return row, weights
+
+    inner = jax.jit(forward, inline=True)
+    jax.eval_shape(inner, params, model_state, batch)
+    totals = Totals(tuple(trace.recorder.specs.values()))
+
+    def program(length: int, *arguments: Any) -> Any:
+        params, model_state, sums, resident, chunk, control = arguments
+        start = control[START]
+        sums = jnp.where(control[RESET] > 0, totals.initial(), sums)
+
+        def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            sums, rows = carry
+            row, weights = inner(params, model_state, _take(options, resident, chunk, i))
+            at = i if length > 1 else 0
+            return totals.update(sums, row, weights), rows.at[at].set(row)
+
+        carry = sums, jnp.zeros((length, len(totals.specs)), jnp.float32)
+        if length == 1:
+            return body(start, carry)
+        return lax.fori_loop(start, control[STOP], body, carry)
+
+    return Program(
+        single=functools.partial(program, 1),
+        fused=functools.partial(program, options.capacity),
+        totals=totals,
+        outputs=trace.outputs,
+    )
+
+
+def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
+    """Return `fn(params, model_state, resident, chunk, index) -> predictions` for one batch."""
+    module = options.module
+
+    def program(
+        params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
+    ) -> PyTree:
+        batch = _prepare(options, _take(options, resident, chunk, index))
+        cast = options.precision.cast_to_compute
+        model = options.adapter.merge(cast(params), model_state, training=False)
+        with tracing(module, Recorder("predict"), None):
+            predictions = module.predict_step(model, batch)
+        options.adapter.read_back(model, where=f"{type(module).__name__}.predict_step")
+        return predictions
+
+    return program
+
+
+class _Traced:
+    """Runs the user's step while tracing, and keeps what it logged and returned (as shapes)."""
+
+    def __init__(self, options: StepOptions, stage: Stage) -> None:
+        self.options = options
+        self.stage = stage
+        name = {"train": "training_step", "validate": "validation_step", "test": "test_step"}[stage]
+        self.step = getattr(options.module, name)
+        self.where = f"{type(options.module).__name__}.{name}"
+        self.outputs: Mapping[str, Any] = {}
+
+    def run(self, params: Nested, model_state: Nested, batch: PyTree, key: Array | None) -> Any:
+        """Return `(loss, (model_state, row, weights, batch weight))`."""
+        options, training = self.options, self.stage == "train"
+        batch = _prepare(options, batch)
+        given = options.precision.cast_to_compute(params)
+        model = options.adapter.merge(given, model_state, training=training)
+        rows = _rows(batch)
+        self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
+        with tracing(options.module, recorder, key):
+            outputs = self._outputs(self.step(model, batch))
+        after, new_state = options.adapter.read_back(model, where=self.where)
+        if training:
+            _refuse_changed_params(given, after, self.where)
+        loss = outputs.get("loss", jnp.zeros(()))
+        for traced in options.traced:
+            traced(self.stage, outputs, batch, recorder.log)
+        if "loss" in outputs and not any(n.split("/")[-1] == "loss" for n in recorder.specs):
+            recorder.log("loss", loss)
+        self.outputs = {k: _shapes(v) for k, v in outputs.items()}
+        weight = jnp.asarray(outputs.get("weight", float(rows)), jnp.float32)
+        state = _like(model_state, new_state) if training else model_state
+        return loss, (state, recorder.row(), recorder.weight_row(), weight)
+
+    def _outputs(self, returned: Any) -> dict[str, Any]:
+        training = self.stage == "train"
+        if isinstance(returned, Mapping):
+            outputs = dict(returned)
+            if training and "loss" not in outputs:
+                raise StepError(
+                    f"{self.where} returned a dict without 'loss' (keys: "
+                    f"{', '.join(map(str, outputs))}); return `{{'loss': loss, ...}}`."
+                )
+        elif returned is None and not training:
+            outputs = {}
+        else:
+            outputs = {"loss": returned}
+        if "loss" in outputs:
+            outputs["loss"] = self._loss(outputs["loss"])
+        return outputs
+
+    def _loss(self, loss: Any) -> Array:
+        if loss is None:
+            raise StepError(f"{self.where} returned None; return the scalar loss: `return loss`.")
+        try:
+            array = jnp.asarray(loss)
+        except TypeError:
+            raise StepError(
+                f"{self.where} returned a {type(loss).__name__}; return the scalar loss, or a dict "
+                "with 'loss'."
+            ) from None
+        if array.shape != ():
+            raise StepError(
+                f"{self.where} returned a loss of shape {array.shape}; reduce it to a scalar: "
+                "`return loss.mean()`."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise StepError(
+                f"{self.where} returned a loss of dtype {array.dtype}, which has no gradient; it "
+                "must be floating-point. Was it made from labels or predictions by `argmax`?"
+            )
+        return array.astype(jnp.float32)
+
+
+def _optimise(
+    options: OptimizerOptions,
+    state: TrainState,
+    grads: PyTree,
+    loss: Array,
+    weight: Array,
+    apply: Array,
+) -> tuple[TrainState, Array]:
+    if options.accumulate == 1:
+        return _update(options, state, grads, loss)
+    window = state.accumulated
+    # The mean over the window weighs each batch by its samples, also in a window cut short.
+    summed = jax.tree.map(lambda a, g: a + weight * g, window["grads"], grads)
+    total = window["weight"] + weight
+
+    def end_window(state: TrainState) -> tuple[TrainState, Array]:
+        mean = jax.tree.map(lambda g: (g / total).astype(g.dtype), summed)
+        state, norm = _update(options, state, mean, loss)
+        empty = {"grads": jax.tree.map(jnp.zeros_like, summed), "weight": jnp.zeros_like(total)}
+        return state._replace(accumulated=empty), norm
+
+    def go_on(state: TrainState) -> tuple[TrainState, Array]:
+        return state._replace(accumulated={"grads": summed, "weight": total}), jnp.zeros(())
+
+    return lax.cond(apply, end_window, go_on, state)
+
+
+def _update(
+    options: OptimizerOptions, state: TrainState, grads: PyTree, loss: Array
+) -> tuple[TrainState, Array]:
+    norm = jnp.zeros(())
+    if options.clip_value is not None:
+        grads, clipped_norm = clip(grads, options.clip_value, options.clip_algorithm)
+        norm = norm if clipped_norm is None else clipped_norm
+    # Optax multiplies its integer counters with floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = options.tx.update(
+            grads, state.opt_state["default"], state.params, value=loss
+        )
+    params = optax.apply_updates(state.params, updates)
+    opt_state = _like(state.opt_state, {"default": opt_state})
+    return state._replace(params=params, opt_state=opt_state), norm
+
+
+def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:
+    batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), chunk)
+    if not options.resident:
+        return batch
+    return jax.tree.map(lambda a: a.at[batch].get(mode="promise_in_bounds"), resident)
+
+
+def _prepare(options: StepOptions, batch: PyTree) -> PyTree:
+    batch = options.transform(batch) if options.transform else batch
+    return options.precision.cast_to_compute(batch)
+
+
+def _rows(batch: PyTree) -> int:
+    leaves = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
+    return leaves[0].shape[0] if leaves else 1
+
+
+def _shapes(value: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, value
+    )
+
+
+def _like(old: PyTree, new: PyTree) -> PyTree:
+    """Return new with the dtypes (and strong types) of old, so that one program serves all steps."""
+    return jax.tree.map(lambda o, n: lax.convert_element_type(n, o.dtype) if _is_number(o) else n, old, new)
+
+
+def _is_number(leaf: Any) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _refuse_changed_params(before: Nested, after: Nested, where: str) -> None:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    if any(b is not a for b, a in pairs):
+        raise StepError(
+            f"{where} assigned to a parameter; the optimiser's update would overwrite it. Change "
+            "parameters through the loss, or keep what the step assigns in an `nnx.Variable`."
+        )

@@ -1,0 +1,68 @@
+"""The environment of the tests: eight CPU devices, strict promotion, nothing inherited.
+
+Runs before anything imports JAX, which reads its variables once, at import.
+"""
+
+import functools
+import os
+import sys
+
+assert "jax" not in sys.modules, "a pytest plugin imported jax before the environment was set"
+
+# What a developer's shell may hold and the code under test reads: JAX's settings, and what rich
+# goes by when it decides on colours, width and a live terminal.
+SCRUBBED = ("JAX_", "XLA_", "FLAX_", "TF_", "LIBTPU_", "TTY_", "JUPYTER_")
+SCRUBBED_NAMES = {"COLORTERM", "COLUMNS", "FORCE_COLOR", "LINES", "NO_COLOR"}
+for _name in [*os.environ]:
+    if _name.startswith(SCRUBBED) or _name in SCRUBBED_NAMES:
+        del os.environ[_name]
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRAINER_TEST_PLATFORMS", "cpu")
+# A cached executable would hide a second compilation from the tests that count them.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import jax  # noqa: E402 (the variables above come first)
+import optax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache as jax_cache  # noqa: E402
+
+# In this process only: a program that a test starts runs as a user would run it.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _with_standard_promotion(update):
+    @functools.wraps(update)
+    def wrapped(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return update(*args, **kwargs)
+
+    return wrapped
+
+
+# Optax multiplies its int32 counters with floats (Adam's bias correction, every schedule), which
+# strict promotion refuses. Relaxed inside `update` alone, so that all other code stays strict.
+optax.GradientTransformation.update = property(  # pyright: ignore[reportAttributeAccessIssue]
+    lambda self: _with_standard_promotion(self[1])
+)
+
+
+@pytest.fixture
+def compilation_cache(tmp_path, monkeypatch):
+    """JAX's persistent compilation cache, on and empty for one test; gives its folder."""
+    folder = tmp_path / "compilation_cache"
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
