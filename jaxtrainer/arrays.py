@@ -33,6 +33,7 @@ class ArrayDataset(grain.MapDataset[Any]):
         seed: int,
         drop_remainder: bool,
         device_transform: Callable[[PyTree], PyTree] | None,
+        device_resident: bool | None,
     ) -> None:
         super().__init__()
         self.arrays = jax.tree.map(np.asarray, arrays)
@@ -42,6 +43,7 @@ class ArrayDataset(grain.MapDataset[Any]):
         self.seed = seed
         self.drop_remainder = drop_remainder
         self.device_transform = device_transform
+        self.device_resident = device_resident
         self._cached: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -7,17 +7,18 @@ and nothing read is ever executed. May import levels 0 to 2; Orbax is imported o
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtrainer.errors import (
     CheckpointError,
@@ -25,14 +26,16 @@ from jaxtrainer.errors import (
     CheckpointNotFoundError,
     RunDirError,
 )
-from jaxtrainer.state import TrainState
+from jaxtrainer.record import check_record, decode, encode
+from jaxtrainer.state import Nested, TrainState, size_of
 
-FORMAT_VERSION = 1
 PREFIX = "step"
 RECORD = "record"
-ITEMS = ("params", "model_state", "opt_state", "accumulated", "loop")
+ITEMS = ("params", "model_state", "opt_state", "accumulated")
+HOST_COPY_BYTES = 1 << 30
+"""Size up to which a state is copied to the host before it is written."""
+
 _STEP_DIR = re.compile(rf"{PREFIX}_(\d+)")
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,9 @@ class Snapshot:
 class CheckpointStore:
     """The checkpoints of one run directory.
 
+    A save copies the arrays to the host and returns; a thread of the store writes them. What is
+    too large for a second copy, or not all on this process, Orbax copies and writes itself.
+
     Args:
         directory: Where; made if missing.
         resumed_step: The step that the run goes on from; None for a fresh run.
@@ -58,7 +64,8 @@ class CheckpointStore:
         self, directory: str | os.PathLike[str], *, resumed_step: int | None = None
     ) -> None:
         self.directory = Path(directory).absolute()
-        later = [s for s in saved_steps(self.directory) if s > (resumed_step or -1)]
+        from_step = -1 if resumed_step is None else resumed_step
+        later = [s for s in saved_steps(self.directory) if s > from_step]
         if later:
             raise RunDirError(
                 f"{self.directory} already has {len(later)} checkpoint(s) that this run does not "
@@ -71,48 +78,73 @@ class CheckpointStore:
             step_prefix=PREFIX, create=True, enable_async_checkpointing=True
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxtrainer-checkpoint")
+        self._write: Future[None] | None = None
 
-    def save(self, step: int, snapshot: Snapshot) -> None:
-        """Start saving; returns when the arrays are copied from the device.
+    def save(self, step: int, snapshot: Snapshot, replaces: Sequence[int] = ()) -> None:
+        """Start saving a step; once it is on disk, the steps that it replaces are deleted.
 
         Raises:
-            CheckpointError: If the store refuses the step, or the save before this one failed.
+            CheckpointError: If the save before this one failed.
         """
-        ocp = _orbax()
-        items = {k: ocp.args.StandardSave(v) for k, v in _items(snapshot.state).items()}
-        items[RECORD] = ocp.args.JsonSave(encode(snapshot.record))
-        try:
-            saved = self._manager.save(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"saving step {step} in {self.directory} failed: {error}") from error
-        if not saved:
-            raise CheckpointError(
-                f"step {step} was not saved in {self.directory}, which has step "
-                f"{self._manager.latest_step()} already; give this run a directory of its own."
-            )
+        self._finish_write()
+        items = _items(snapshot.state)
+        record = encode({**snapshot.record, "device": _small_arrays(snapshot.state)})
+        if _fits_host(items):
+            self._write = self._writer.submit(self._save, step, _on_host(items), record, replaces)
+        else:
+            self._save(step, items, record, replaces)
 
-    def delete(self, step: int) -> None:
-        """Remove one checkpoint; a failure to do so is no error."""
-        try:
-            self._manager.delete(step)
-        except OSError as error:
-            raise CheckpointError(f"could not delete step {step}: {error}") from error
+    def poll(self) -> None:
+        """Raise what went wrong with a save that has ended."""
+        if self._write is not None and self._write.done():
+            self._finish_write()
 
     def wait(self) -> None:
         """Wait until what was saved is on disk, and raise what went wrong with it."""
-        try:
+        self._finish_write()
+        with _failing_as(f"saving in {self.directory}"):
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"saving in {self.directory} failed: {error}") from error
 
     def close(self) -> None:
         """Wait and release the directory."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            self._manager.close()
 
     def path(self, step: int) -> Path:
         """Return the directory of a step."""
         return self.directory / f"{PREFIX}_{step}"
+
+    def _save(self, step: int, items: Nested, record: Any, replaces: Sequence[int]) -> None:
+        ocp = _orbax()
+        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args[RECORD] = ocp.args.JsonSave(record)
+        with _failing_as(f"saving step {step} in {self.directory}"):
+            if not self._manager.save(step, args=ocp.args.Composite(**args)):
+                raise CheckpointError(f"Orbax refused step {step} in {self.directory}")
+            # The one that is replaced goes only when its successor is complete.
+            if replaces:
+                self._manager.wait_until_finished()
+            for old in replaces:
+                self._manager.delete(old)
+
+    def _finish_write(self) -> None:
+        if self._write is not None:
+            write, self._write = self._write, None
+            write.result()
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} failed: {error}") from error
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -149,19 +181,10 @@ def read_record(path: Path) -> dict[str, Any]:
         CheckpointError: If it is damaged, or of a newer format.
     """
     ocp = _orbax()
-    try:
-        with _reader() as reader:
-            args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
-            record = decode(reader.restore(path, args=args)[RECORD])
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the record of {path} cannot be read: {error}") from error
-    version = record.get("format_version") if isinstance(record, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version!r}; this version of jaxtrainer reads up to "
-            f"{FORMAT_VERSION}. Upgrade it to go on from there."
-        )
-    return record
+    args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
+    with _failing_as(f"reading the record of {path}"), _reader() as reader:
+        record = decode(reader.restore(path, args=args)[RECORD])
+    return check_record(record, str(path))
 
 
 def restore_state(path: Path, target: TrainState) -> TrainState:
@@ -175,7 +198,14 @@ def restore_state(path: Path, target: TrainState) -> TrainState:
         CheckpointMismatchError: If trees, shapes or dtypes differ, with every difference.
         CheckpointError: If the files are damaged.
     """
-    return _state(restore_items(path, _items(target)), target)
+    saved = read_record(path)["device"]
+    if len(saved["totals"][0]) != target.totals.shape[1]:
+        raise CheckpointMismatchError(
+            f"{path} was saved with {len(saved['totals'][0])} logged metrics, now there are "
+            f"{target.totals.shape[1]}: the epoch's totals would be mixed up. Log the same names."
+        )
+    items = restore_items(path, _items(target))
+    return target._replace(**items, **_restore_small(saved, target))
 
 
 def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,44 +216,84 @@ def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     ocp = _orbax()
     wanted = {name: item for name, item in wanted.items() if jax.tree.leaves(item)}
     _compare(path, wanted)
-    args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-    with _reader() as reader:
-        try:
-            return dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    words = jax.tree.map(_key_words, wanted)
+    args = {name: ocp.args.StandardRestore(item) for name, item in words.items()}
+    with _failing_as(f"reading {path}"), _reader() as reader:
+        restored = dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
+    return jax.tree.map(_typed, wanted, restored)
 
 
-def base_record() -> dict[str, Any]:
-    """Return the start of a record: format and library versions."""
-    versions = {name: metadata.version(name) for name in _LIBRARIES}
-    return {"format_version": FORMAT_VERSION, "versions": versions}
+def _key_words(spec: Any) -> Any:
+    if not _is_key(spec):
+        return spec
+    words = jax.eval_shape(jax.random.key_data, spec)
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=spec.sharding)
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def _key_impl(spec: Any) -> Any:
+    # JAX tells the implementation of a key, also of one that is being traced, but not of a spec.
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), spec)
+    return found[0]
+
+
+def _typed(spec: Any, array: Any) -> Any:
+    if not _is_key(spec):
+        return array
+    return jax.random.wrap_key_data(array, impl=_key_impl(spec))
+
+
+def _items(state: TrainState) -> Nested:
     # Orbax refuses an empty item; what is empty now is empty when restored, too.
-    items = {
-        "params": state.params,
-        "model_state": state.model_state,
-        "opt_state": state.opt_state,
-        "accumulated": state.accumulated,
-        "loop": {"batch_count": state.batch_count, "rng": state.rng, "totals": state.totals},
-    }
+    items = {name: getattr(state, name) for name in ITEMS}
     return {name: item for name, item in items.items() if jax.tree.leaves(item)}
 
 
-def _state(items: Mapping[str, Any], target: TrainState) -> TrainState:
-    fields = {k: v for k, v in items.items() if k != "loop"}
-    return target._replace(**fields, **items["loop"])
+def _small_arrays(state: TrainState) -> dict[str, Any]:
+    return {
+        "batch_count": int(state.batch_count),
+        "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
+        "totals": np.asarray(state.totals).tolist(),
+    }
+
+
+def _restore_small(saved: Mapping[str, Any], target: TrainState) -> dict[str, Any]:
+    words = np.array(saved["rng"], np.uint32)
+    totals = np.array(saved["totals"], np.float32).reshape(target.totals.shape)
+    arrays = {
+        "batch_count": np.int32(saved["batch_count"]),
+        "rng": jax.random.wrap_key_data(words, impl=_key_impl(target.rng)),
+        "totals": totals,
+    }
+    return {k: jax.device_put(v, getattr(target, k).sharding) for k, v in arrays.items()}
+
+
+def _fits_host(items: Nested) -> bool:
+    return size_of(items)[1] <= HOST_COPY_BYTES and all(
+        x.is_fully_addressable for x in jax.tree.leaves(items)
+    )
+
+
+def _on_host(items: Nested) -> Nested:
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_words, items))
+    for leaf in leaves:
+        leaf.copy_to_host_async()
+    # A copy: on the CPU backend a view would be overwritten by the next, donated, step.
+    return jax.tree.unflatten(treedef, [np.array(leaf) for leaf in leaves])
+
+
+def _words(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
     lines: list[str] = []
-    with _reader() as reader:
-        try:
-            found = reader.metadata(path).item_metadata
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    with _failing_as(f"reading {path}"), _reader() as reader:
+        found = reader.metadata(path).item_metadata
     for name, item in wanted.items():
         saved = found.get(name)
         if saved is None:
@@ -252,44 +322,9 @@ def _table(tree: Any) -> dict[str, str]:
 
 
 def _describe(leaf: Any) -> str:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        # Orbax keeps a typed key as its words.
-        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    leaf = _key_words(leaf)
     shape = ", ".join(map(str, leaf.shape))
     return f"{leaf.dtype}[{shape}]"
-
-
-def encode(value: Any) -> Any:
-    """Return JSON data; numbers that JSON lacks become `{"float": "nan"}`.
-
-    Raises:
-        CheckpointError: For a value that is no JSON data, naming it.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": repr(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): encode(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [encode(v) for v in value]
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    raise CheckpointError(
-        f"a checkpoint record holds JSON data; got {type(value).__name__}: {value!r}. "
-        "Return numbers, strings, lists and dicts from `state_dict`."
-    )
-
-
-def decode(value: Any) -> Any:
-    """Undo `encode`."""
-    if isinstance(value, dict):
-        if set(value) == {"float"}:
-            return float(value["float"])
-        if set(value) == {"bytes"}:
-            return bytes.fromhex(value["bytes"])
-        return {k: decode(v) for k, v in value.items()}
-    return [decode(v) for v in value] if isinstance(value, list) else value
 
 
 def _probe(directory: Path) -> None:

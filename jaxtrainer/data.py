@@ -28,6 +28,7 @@ def from_arrays(
     seed: int = 0,
     drop_remainder: bool = False,
     device_transform: Callable[[PyTree], PyTree] | None = None,
+    device_resident: bool | None = None,
 ) -> Any:
     """Return a Grain `MapDataset` of batches gathered from arrays in memory.
 
@@ -39,6 +40,8 @@ def from_arrays(
         seed: Seed of the permutations.
         drop_remainder: Leave out a last batch that is not full.
         device_transform: Traced into the compiled step: cast, normalise, augment there.
+        device_resident: Put the arrays on the device whole, so that only row indices travel.
+            None does so up to 1 GiB. Order and position in the data are the same either way.
 
     Raises:
         DataError: If the arrays differ in length, or make no batch.
@@ -57,6 +60,7 @@ def from_arrays(
         seed=seed,
         drop_remainder=drop_remainder,
         device_transform=device_transform,
+        device_resident=device_resident,
     )
 
 

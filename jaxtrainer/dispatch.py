@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrainer.programs import compile_all
-from jaxtrainer.step import START, STOP, Program
+from jaxtrainer.step import STOP, Program
 from jaxtrainer.types import PyTree
 
 MAX_STEPS = 32
@@ -25,7 +24,9 @@ CHUNK_BYTES = 32 << 20
 LONG_STEP_S = 5e-3
 """Seconds a step above which fusing cannot gain: a dispatch costs less than a hundredth."""
 
-_TRIALS = 3
+_LONG_STEP_FLOPS = {"cpu": 2e9, "gpu": 2e12, "tpu": 2e12}
+_TRIAL_S = 0.03
+_SLACK = 1.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,63 +48,88 @@ def chunk_capacity(wanted: int | str, fed: PyTree, num_batches: int | None) -> i
     return min([*bounds, num_batches] if num_batches else bounds)
 
 
-def choose_dispatch(
-    wanted: int | str,
-    program: Program,
-    lower: Callable[[Callable[..., Any]], Any],
-    arguments: tuple[Any, ...],
-    saved: Mapping[str, Any] | None,
-) -> Dispatch:
-    """Return the compiled program: as asked for, as saved with the checkpoint, or the faster one.
+class DispatchChoice:
+    """Which programs to compile for the training step, and then which one to run.
 
     Args:
         wanted: `steps_per_dispatch`.
         program: The traced step.
-        lower: Traces and lowers one, for its `compile()`.
-        arguments: Specs of its arguments.
-        saved: What the checkpoint that is resumed was run with.
+        lower: Traces and lowers one of its functions, for `compile()`.
+        arguments: Specs of the arguments: state, resident data, chunk, control.
+        saved: What the checkpoint that is resumed was run with, so that the bits stay the same.
+
+    Attributes:
+        lowered: The candidates by name, `"fused"` and `"single"`.
     """
-    capacity = jax.tree.leaves(arguments[2])[0].shape[0]
 
-    def made(step: Callable[..., Any], is_fused: bool, reason: str) -> Dispatch:
-        return Dispatch(step=step, fused=is_fused, capacity=capacity, reason=reason)
+    def __init__(
+        self,
+        wanted: int | str,
+        program: Program,
+        lower: Callable[[Callable[..., Any]], Any],
+        arguments: tuple[Any, ...],
+        saved: Mapping[str, Any] | None,
+    ) -> None:
+        self.arguments = arguments
+        self.capacity = jax.tree.leaves(arguments[2])[0].shape[0]
+        self.reason = "as asked for" if saved is None else "as in the checkpoint"
+        if saved is not None or wanted != "auto" or self.capacity == 1:
+            is_fused = bool(saved["fused"]) if saved is not None else wanted != 1
+            names = ["fused" if is_fused and self.capacity > 1 else "single"]
+        else:
+            names = ["single", "fused"]
+        self.lowered: dict[str, Any] = {}
+        for name in names:
+            self.lowered[name] = lower(getattr(program, name))
+            if len(names) > 1 and _is_long(self.lowered[name]):
+                self.reason = "a step takes long"
+                break
 
-    if saved is not None or wanted != "auto" or capacity == 1:
-        is_fused = capacity > 1 and (bool(saved["fused"]) if saved is not None else wanted != 1)
-        reason = "as asked for" if saved is None else "as in the checkpoint"
-        chosen = program.fused if is_fused else program.single
-        return made(lower(chosen).compile(), is_fused, reason)
-    # Tracing is Python and goes one after the other; XLA compiles both at the same time.
-    lowered = [lower(program.fused), lower(program.single)]
-    together, alone = compile_all(*(x.compile for x in lowered))
-    alone_s = _seconds_per_step(alone, arguments, 1, capacity)
-    if alone_s > LONG_STEP_S:
-        return made(alone, False, f"a step takes {alone_s * 1e3:.1f} ms")
-    together_s = _seconds_per_step(together, arguments, capacity, capacity)
-    faster = together_s < alone_s
-    reason = f"{together_s * 1e6:.0f} us a step fused, {alone_s * 1e6:.0f} us one by one"
-    return made(together if faster else alone, faster, reason)
+    def decide(self, compiled: Mapping[str, Callable[..., Any]]) -> Dispatch:
+        """Return the faster of the compiled candidates."""
+        name = next(iter(compiled))
+        if len(compiled) > 1:
+            name = self._faster(compiled["single"], compiled["fused"])
+        return Dispatch(
+            step=compiled[name], fused=name == "fused", capacity=self.capacity, reason=self.reason
+        )
+
+    def _faster(self, single: Callable[..., Any], fused: Callable[..., Any]) -> str:
+        alone_s = self._seconds_per_step(single, 1, _TRIAL_S)
+        if alone_s > LONG_STEP_S:
+            self.reason = f"a step takes {alone_s * 1e3:.1f} ms"
+            return "single"
+        count = max(2, min(self.capacity, int(_TRIAL_S / alone_s)))
+        together_s = self._seconds_per_step(fused, count, _TRIAL_S)
+        self.reason = f"{together_s * 1e6:.0f} us a step fused, {alone_s * 1e6:.0f} us one by one"
+        return "fused" if together_s < alone_s * _SLACK else "single"
+
+    def _seconds_per_step(self, program: Callable[..., Any], count: int, budget_s: float) -> float:
+        """Return the best time of a step over some trials, on zeros in place of state and data."""
+        *arrays, control_spec = self.arguments
+        state, resident, chunk = (jax.tree.map(_zeros, tree) for tree in arrays)
+        control = np.zeros(control_spec.shape, np.int32)
+        control[STOP] = count
+        best, rows, spent = float("inf"), None, 0.0
+        calls = max(1, MAX_STEPS // (4 * count))
+        # The first trial warms up, and is left out.
+        for trial in range(6):
+            began = time.perf_counter()
+            for _ in range(calls if trial else 1):
+                state, rows = program(state, resident, chunk, control)
+            jax.block_until_ready(rows)
+            seconds = time.perf_counter() - began
+            spent += seconds
+            best = min(best, seconds / (count * calls)) if trial else best
+            if trial and (spent > budget_s or best > LONG_STEP_S):
+                break
+        return best
 
 
-def _seconds_per_step(
-    program: Callable[..., Any], arguments: tuple[Any, ...], count: int, capacity: int
-) -> float:
-    """Return the best time of a step over a few trials, on zeros in place of state and data."""
-    state, resident, chunk, control_spec = arguments
-    state, resident, chunk = (jax.tree.map(_zeros, x) for x in (state, resident, chunk))
-    best = float("inf")
-    for _ in range(_TRIALS + 1):
-        began = time.perf_counter()
-        rows = None
-        for start in range(0, capacity, count):
-            control = np.zeros(control_spec.shape, np.int32)
-            control[START], control[STOP] = start, start + count
-            state, rows = program(state, resident, chunk, control)
-        jax.block_until_ready(rows)
-        best = min(best, (time.perf_counter() - began) / capacity)
-        if best > LONG_STEP_S:
-            break
-    return best
+def _is_long(lowered: Any) -> bool:
+    """Return whether a step has so much to compute that its dispatch cannot matter."""
+    cost = lowered.cost_analysis() or {}
+    return cost.get("flops", 0.0) > _LONG_STEP_FLOPS.get(jax.default_backend(), 2e12)
 
 
 def _zeros(spec: Any) -> jax.Array:

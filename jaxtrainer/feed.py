@@ -28,7 +28,7 @@ from jaxtrainer.data import (
 )
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.sharding import batch_sharding, place, replicated
-from jaxtrainer.types import PyTree
+from jaxtrainer.types import IndexedLoader, PyTree
 
 _POLL_S = 0.2
 
@@ -151,12 +151,16 @@ class Feed:
         indices = source.loader.batch_indices(self._first_epoch)[: source.loader.batch_size]
         self.first = as_host_batch(source.gather(indices))
         spec, rows = spec_of(self.first), num_rows(self.first, self.options.stage)
-        size = sum(a.nbytes for a in jax.tree.leaves(source.loader.arrays))
-        if size > self.options.resident_bytes:
+        if not self._is_resident(source.loader):
             return FeedSpec(batch=spec, fed=spec, rows=rows, resident=None)
         arrays = place(as_host_batch(source.loader.arrays), replicated(self.options.mesh))
         fed = jax.ShapeDtypeStruct((rows,), np.int32)
         return FeedSpec(batch=spec, fed=fed, rows=rows, resident=arrays)
+
+    def _is_resident(self, loader: IndexedLoader) -> bool:
+        asked = getattr(loader, "device_resident", None)
+        size = sum(a.nbytes for a in jax.tree.leaves(loader.arrays))
+        return size <= self.options.resident_bytes if asked is None else asked
 
     @property
     def num_whole_batches(self) -> int | None:
@@ -164,6 +168,13 @@ class Feed:
         if isinstance(self.source, IndexedSource):
             return self._num_samples // self.rows
         return self.source.num_batches
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches an epoch that the feed hands out, as far as known before the epoch's end."""
+        length = self.source.num_batches if self.options.keep_ragged else self.num_whole_batches
+        known = [n for n in (self.options.limit, length) if n is not None]
+        return min(known, default=None)
 
     @property
     def ragged_rows(self) -> int:

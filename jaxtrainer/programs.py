@@ -5,10 +5,8 @@ May import levels 0 to 3.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,10 +46,11 @@ class Initializer:
             self.given = self.adapter.split(module.model)
             self.params, self.model_state = abstract(self.given)
         else:
-            shapes = jax.eval_shape(self._model, self.seed)
+            shapes = jax.eval_shape(self.make_model, self.seed)
             self.params, self.model_state = shapes
 
-    def _model(self, seed: Any) -> tuple[Nested, Nested]:
+    def make_model(self, seed: Any) -> tuple[Nested, Nested]:
+        """Return `(params, model_state)` of a fresh model (traced)."""
         model_key = jax.random.split(jax.random.key(seed))[0]
         model = self.module.configure_model(nnx.Rngs(model_key))
         if model is None:
@@ -63,7 +62,7 @@ class Initializer:
         """Return a function that makes the state without metric totals, and its arguments."""
 
         def make(seed: Any, given: Any) -> TrainState:
-            params, model_state = self._model(seed) if given is None else given
+            params, model_state = self.make_model(seed) if given is None else given
             opt_state, window = init_opt_state(options, params)
             return TrainState(
                 batch_count=np.int32(0),
@@ -83,13 +82,11 @@ class Initializer:
         return {"xla_backend_optimization_level": 0} if small else {}
 
 
-def compile_all(*jobs: Callable[[], Any]) -> list[Any]:
-    """Run compilations side by side (XLA releases the interpreter lock) and return the results."""
-    if len(jobs) == 1:
-        return [jobs[0]()]
-    with ThreadPoolExecutor(max_workers=len(jobs), thread_name_prefix="jaxtrainer-compile") as pool:
-        futures = [pool.submit(job) for job in jobs]
-        return [future.result() for future in futures]
+def compile_all(jobs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Run compilations side by side (XLA releases the interpreter lock); results by name."""
+    with ThreadPoolExecutor(len(jobs), thread_name_prefix="jaxtrainer-compile") as pool:
+        futures = {name: pool.submit(job) for name, job in jobs.items()}
+        return {name: future.result() for name, future in futures.items()}
 
 
 def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:
@@ -123,19 +120,13 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def use_compilation_cache(directory: Path) -> None:
-    """Keep compiled programs on disk, unless the user has chosen a cache already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def shardings(specs: PyTree) -> PyTree:
+    """Return the sharding of each spec."""
+    return jax.tree.map(lambda x: x.sharding, specs)
 
 
-def timed(job: Callable[[], Any]) -> Callable[[], tuple[Any, float]]:
-    """Return the job with its seconds."""
-
-    def run() -> tuple[Any, float]:
-        began = time.perf_counter()
-        return job(), time.perf_counter() - began
-
-    return run
+def specs_of(arrays: PyTree) -> PyTree:
+    """Return the specs of arrays on the device, with their shardings."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
+    )

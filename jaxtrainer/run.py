@@ -123,6 +123,8 @@ class Run:
         num_batches: Training batches an epoch, after limits; None if the loader has no length.
         metrics: Latest value on the host of every series.
         prog_bar: The series that the bar shows.
+        cache_hits: Programs that were found compiled in the persistent cache.
+        cache_misses: Programs that were not, and were compiled.
         state: The `TrainState` on the device; the arrays live until the next dispatch.
     """
 
@@ -154,6 +156,8 @@ class Run:
     best_checkpoint: str | None = None
     last_checkpoint: str | None = None
     elapsed_before_s: float = 0.0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxtrainer.assemble import eval_plan, fit_plan, predict_plan, step_plan
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
 from jaxtrainer.callbacks.progress_bar import ProgressBar
@@ -26,6 +27,7 @@ from jaxtrainer.loops.fit import fit
 from jaxtrainer.loops.predict import predict
 from jaxtrainer.module import TrainModule, require
 from jaxtrainer.options import Options, check_limits
+from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits
@@ -204,9 +206,7 @@ class Trainer:
         check_limits(self.options.limits)
         path = self._find(ckpt_path)
         with Session(self.options, self.callbacks, module, "fit", path) as session:
-            plan = session.fit_plan(train_loader, val_loader)
-            session.sanity_check(plan)
-            fit(session.run, plan)
+            fit(session.run, fit_plan(session, train_loader, val_loader))
             session.hooks.on_fit_end(session.run)
         if session.interrupts.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
@@ -264,12 +264,26 @@ class Trainer:
         batches = self._predictions(module, loader, self._find(ckpt_path))
         return batches if stream else list(batches)
 
+    def plan(self, module: TrainModule, batch: Any) -> Plan:
+        """Return what a training step costs, without allocating model or state.
+
+        Args:
+            module: What would be trained.
+            batch: A loader, or one batch of arrays or of `jax.ShapeDtypeStruct`.
+
+        Returns:
+            Parameters, bytes, operations and peak memory of the compiled step; it prints well.
+        """
+        require(module, ("configure_model", "configure_optimizers", "training_step"))
+        return step_plan(Session(self.options, self.callbacks, module, "fit", None), batch)
+
     def _predictions(
         self, module: TrainModule, loader: Any, path: Path | None
     ) -> Iterator[PyTree]:
         with Session(self.options, self.callbacks, module, "predict", path) as session:
-            plan = session.predict_plan(loader)
-            yield from predict(session.run, plan, *session.variables)
+            variables = session.variables
+            plan = predict_plan(session, loader, variables)
+            yield from predict(session.run, plan, *variables)
 
     def _evaluate(
         self,
@@ -282,7 +296,7 @@ class Trainer:
         step = "validation_step" if stage == "validate" else "test_step"
         require(module, ("configure_model", step))
         with Session(self.options, self.callbacks, module, stage, self._find(ckpt_path)) as session:
-            plan = session.eval_plan(stage, loader)
+            plan = eval_plan(session, stage, loader)
             metrics = evaluate(session.run, plan, *session.variables)
         metrics = {k: v for k, v in metrics.items() if "/_" not in k}
         if verbose:

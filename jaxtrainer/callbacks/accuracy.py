@@ -64,7 +64,9 @@ class Accuracy(Callback):
         logits, labels = self._logits(stage, outputs), self._labels(batch)
         self._check(logits, labels)
         classes = logits.shape[-1]
-        at_label = jnp.take_along_axis(logits, labels[:, None].astype(jnp.int32), axis=-1)
+        # In uint8, as labels often travel, a number of classes above 255 would not fit.
+        labels = labels.astype(jnp.int32)
+        at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
         # The rank counts larger logits, and equal ones at a smaller index, as argmax would.
         earlier = jnp.arange(classes)[None] < labels[:, None]
         rank = jnp.sum((logits > at_label) | ((logits == at_label) & earlier), axis=-1)

@@ -128,6 +128,8 @@ class Checkpoint(Callback):
 
     def on_save_point(self, run: Run) -> None:
         """Save if a trigger says so, or the run is being interrupted."""
+        if self._store is not None:
+            self._store.poll()
         if run.stop_reason == "interrupted" or self._is_due(run):
             self._save(run)
 
@@ -184,10 +186,7 @@ class Checkpoint(Callback):
         previous, self.last_step = self.last_step, step
         dropped = self._to_drop(previous)
         with run.timings.phase("checkpoint"):
-            self._store.save(step, run.capture())
-            # Deleted only now: by saving, the store has waited for the one before.
-            for old in dropped:
-                self._store.delete(old)
+            self._store.save(step, run.capture(), replaces=dropped)
         run.last_checkpoint = str(self._store.path(step))
         run.best_checkpoint = self.best_model_path
 

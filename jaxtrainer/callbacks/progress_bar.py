@@ -79,6 +79,7 @@ class ProgressBar(Callback):
         self._eval: Meter | None = None
         self._eval_label = ""
         self._compiling: tuple[str, float] | None = None
+        self._cache_hits = 0
         self._preparing: float | None = run.clock()
         self._display = self._open(run)
         self._display.start()
@@ -131,8 +132,11 @@ class ProgressBar(Callback):
         """Leave a line about it."""
         self._compiling = None
         self._resume()
+        found, self._cache_hits = run.cache_hits - self._cache_hits, run.cache_hits
+        source = " (from the cache)" if found else ""
         if self._display is not None:
-            self._display.print(f"compiled {name} in {format_seconds(seconds)}", style="dim")
+            text = f"compiled {name} in {format_seconds(seconds)}{source}"
+            self._display.print(text, style="dim")
         self._refresh()
 
     def on_sanity_check_start(self, run: Run) -> None:

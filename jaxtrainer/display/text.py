@@ -94,3 +94,29 @@ def fit(text: str, width: int, ellipsis: str = "…") -> str:
     if cell_len(text) <= width:
         return text
     return set_cell_size(text, width - 1) + ellipsis if width > 0 else ""
+
+
+def format_count(value: float) -> str:
+    """Return a count with three digits and a decimal prefix.
+
+    Example:
+        >>> format_count(134_794), format_count(12)
+        ('135 k', '12 ')
+    """
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def format_bytes(value: float) -> str:
+    """Return a size with a binary prefix.
+
+    Example:
+        >>> format_bytes(1536), format_bytes(12)
+        ('1.50 KiB', '12 B')
+    """
+    for power, prefix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if value >= 1 << power:
+            return f"{value / (1 << power):.2f} {prefix}"
+    return f"{value:.0f} B"

@@ -34,7 +34,6 @@ class EvalPlan:
     resident: PyTree
     feed: Feed
     hooks: CallbackList
-    num_batches: int | None
     fused: bool
     capacity: int
 
@@ -54,7 +53,7 @@ def evaluate(
     hook = _hooks(plan.hooks, HOOK_NAMES[plan.stage])
     run.stage = "sanity" if limit is not None else plan.stage
     run.eval_batch_idx = 0
-    run.num_eval_batches = min([n for n in (plan.num_batches, limit) if n is not None], default=None)
+    run.num_eval_batches = plan.feed.num_batches if limit is None else limit
     hook("start")(run)
     hook("epoch_start")(run)
     totals: Any = plan.totals.initial()

@@ -38,6 +38,7 @@ def predict(run: Run, plan: PredictPlan, params: PyTree, model_state: PyTree) ->
     """Yield the predictions of each batch, in order, as NumPy arrays."""
     hooks = plan.hooks
     run.stage, run.eval_batch_idx = "predict", 0
+    run.num_eval_batches = plan.feed.num_batches
     hooks.on_predict_start(run)
     hooks.on_predict_epoch_start(run)
     feed = plan.feed.again().start(plan.capacity)
@@ -48,7 +49,8 @@ def predict(run: Run, plan: PredictPlan, params: PyTree, model_state: PyTree) ->
             for i in range(chunk.size):
                 batch = BatchView(chunk.tree, plan.resident, i)
                 if hooks.has("on_predict_batch_start"):
-                    hooks.on_predict_batch_start(run, batch.get(), run.eval_batch_idx)
+                    dispatched = run.eval_batch_idx + len(waiting)
+                    hooks.on_predict_batch_start(run, batch.get(), dispatched)
                 out = step(params, model_state, plan.resident, chunk.tree, np.int32(i))
                 waiting.append((out, batch))
                 if len(waiting) > _AHEAD:

@@ -1,0 +1,112 @@
+"""`Plan`: what a training step will cost, from the compiled program, with nothing allocated.
+
+Figures are XLA's own cost and memory analysis. May import levels 0 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from jaxtrainer.display.text import format_bytes, format_count
+from jaxtrainer.state import TrainState, flat_items, size_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The cost of one training step.
+
+    Attributes:
+        num_params: Trainable numbers.
+        param_bytes: Bytes of the parameters, all devices' copies counted once.
+        state_bytes: Bytes of the whole training state, optimiser included.
+        device_bytes: Bytes of the state on one device.
+        flops: Floating-point operations of one step on one device, as XLA counts them.
+        bytes_accessed: Bytes that one step reads and writes, likewise.
+        peak_bytes: Bytes a device needs while the step runs: arguments, outputs and temporaries.
+        batch_size: Samples of a step.
+        num_devices: Devices of the mesh.
+        shards: For each parameter its shape and the shape of its part on one device.
+    """
+
+    num_params: int
+    param_bytes: int
+    state_bytes: int
+    device_bytes: int
+    flops: float
+    bytes_accessed: float
+    peak_bytes: int
+    batch_size: int
+    num_devices: int
+    shards: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def arithmetic_intensity(self) -> float:
+        """Floating-point operations for each byte accessed.
+
+        References:
+            Williams, Waterman, Patterson, "Roofline", 2009.
+        """
+        return self.flops / self.bytes_accessed if self.bytes_accessed else float("nan")
+
+    def __rich__(self) -> Table:
+        table = Table(title="plan of one training step", title_justify="left", show_header=False)
+        rows = {
+            "parameters": f"{format_count(self.num_params)} ({format_bytes(self.param_bytes)})",
+            "training state": format_bytes(self.state_bytes),
+            "state on each device": f"{format_bytes(self.device_bytes)} x {self.num_devices}",
+            "batch": f"{self.batch_size} samples",
+            "operations a step": f"{format_count(self.flops)}FLOP",
+            "bytes moved a step": format_bytes(self.bytes_accessed),
+            "arithmetic intensity": f"{self.arithmetic_intensity:.1f} FLOP/byte",
+            "peak memory of a device": format_bytes(self.peak_bytes),
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+    def __str__(self) -> str:
+        from jaxtrainer.result import render
+
+        return render(self.__rich__())
+
+
+def plan_of(compiled: Any, target: TrainState, batch_size: int, num_devices: int) -> Plan:
+    """Return the plan of a compiled training step.
+
+    Args:
+        compiled: The program, from `lowered.compile()`.
+        target: Specs of the state, with shardings.
+        batch_size: Samples of a step.
+        num_devices: Devices of the mesh.
+    """
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    num_params, param_bytes = size_of(target.params)
+    shards = {
+        name: (spec.shape, spec.sharding.shard_shape(spec.shape))
+        for name, spec in flat_items(target.params)
+    }
+    return Plan(
+        num_params=num_params,
+        param_bytes=param_bytes,
+        state_bytes=size_of(target)[1],
+        device_bytes=sum(_shard_bytes(x) for x in jax.tree.leaves(target)),
+        flops=float(cost.get("flops", float("nan"))),
+        bytes_accessed=float(cost.get("bytes accessed", float("nan"))),
+        peak_bytes=int(peak),
+        batch_size=batch_size,
+        num_devices=num_devices,
+        shards=shards,
+    )
+
+
+def _shard_bytes(spec: Any) -> int:
+    return int(np.prod(spec.sharding.shard_shape(spec.shape))) * spec.dtype.itemsize
