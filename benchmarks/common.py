@@ -140,21 +140,28 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parse(
-    options: argparse.ArgumentParser, argv: Sequence[str] | None, *, rounds: int, epochs: int = 1
+    options: argparse.ArgumentParser, argv: Sequence[str] | None, *, rounds: int, short: int = 3
 ) -> argparse.Namespace:
+    """Parse, with that many rounds by default, in full and in short form."""
     args = options.parse_args(argv)
-    args.rounds = args.rounds or (min(rounds, 3) if args.short else rounds)
-    args.epochs = args.epochs or (min(epochs, 3) if args.short else epochs)
+    args.rounds = args.rounds or (short if args.short else rounds)
+    args.epochs = args.epochs or (2 if args.short else 4)
     return args
 
 
 def child(script: str, task: str, **environment: str) -> dict[str, Any]:
     """Run a script anew with `--child task`; its last line of output is its JSON answer."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, script, "--child", task]
+    return json.loads(python([script, "--child", task], **environment).splitlines()[-1])
+
+
+def python(arguments: Sequence[str], **environment: str) -> str:
+    """Return what a fresh interpreter prints, which finds the package as this one does."""
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     variables = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, env=variables, stdout=subprocess.PIPE, check=True, text=True
+    ).stdout
 
 
 def peak_rss_mb() -> float:

@@ -43,7 +43,7 @@ def measure(report: Report, batch_size: int, *, rounds: int, epochs: int, **opti
 def main(argv: Sequence[str] | None = None) -> Report:
     options = parser(__doc__)
     options.add_argument("--batch-sizes", type=int, nargs="+")
-    args = parse(options, argv, rounds=7, epochs=4)
+    args = parse(options, argv, rounds=7)
     sizes = args.batch_sizes or ((32, 256) if args.short else BATCH_SIZES)
     report = Report(name="mnist_mlp", as_json=args.json)
     for batch_size in sizes:

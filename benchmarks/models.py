@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     options.add_argument("--attention", choices=["xla", "cudnn"], help="kernel of the attention")
     options.add_argument("--peak-tflops", type=float, help="what the device can do at most")
     options.add_argument("--limit", action="store_true", help="one scan an epoch as well")
-    args = parse(options, argv, rounds=5, epochs=3)
+    args = parse(options, argv, rounds=5)
     report = Report(name="models", as_json=args.json)
     timed = functools.partial(measure, rounds=args.rounds, epochs=args.epochs, limit=args.limit)
 

@@ -57,7 +57,7 @@ def measure(report: Report, steps: int, *, rounds: int, epochs: int, **options: 
 def main(argv: Sequence[str] | None = None) -> Report:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, help="steps of an epoch")
-    args = parse(options, argv, rounds=7, epochs=3)
+    args = parse(options, argv, rounds=7)
     report = Report(name="overhead", as_json=args.json)
     steps = args.steps or (4000 if args.short else 20_000)
     measure(report, steps, rounds=args.rounds, epochs=args.epochs)

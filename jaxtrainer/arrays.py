@@ -39,8 +39,9 @@ class ArrayDataset(grain.MapDataset[Any]):
         self.arrays = jax.tree.map(np.asarray, arrays)
         self.num_samples = _common_length(self.arrays)
         self.batch_size = _checked_batch_size(batch_size, self.num_samples, drop_remainder)
-        self.shuffle = shuffle
-        self.seed = seed
+        # Grain's datasets have methods `shuffle` and `seed`, which these must not hide.
+        self.is_shuffled = shuffle
+        self.order_seed = seed
         self.drop_remainder = drop_remainder
         self.device_transform = device_transform
         self.device_resident = device_resident
@@ -52,7 +53,7 @@ class ArrayDataset(grain.MapDataset[Any]):
 
     def batch_indices(self, epoch: int) -> np.ndarray:
         """Return the rows of an epoch in order: `[num_samples]`, int32."""
-        if not self.shuffle:
+        if not self.is_shuffled:
             epoch = 0
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self._order(epoch))
@@ -60,8 +61,8 @@ class ArrayDataset(grain.MapDataset[Any]):
 
     def _order(self, epoch: int) -> np.ndarray:
         order = np.arange(self.num_samples, dtype=np.int32)
-        if self.shuffle:
-            np.random.Generator(np.random.PCG64([self.seed, epoch])).shuffle(order)
+        if self.is_shuffled:
+            np.random.Generator(np.random.PCG64([self.order_seed, epoch])).shuffle(order)
         return order
 
     def __getitem__(self, index: Any) -> PyTree:
@@ -79,11 +80,14 @@ def _common_length(arrays: PyTree) -> int:
         for path, a in jax.tree_util.tree_flatten_with_path(arrays)[0]
     }
     if not lengths:
-        raise DataError('from_arrays got no arrays; pass e.g. `{"image": images, "label": labels}`.')
-    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise DataError(
+            'from_arrays got no arrays; pass e.g. `{"image": images, "label": labels}`.'
+        )
+    length, *others = set(lengths.values())
+    if others or length is None:
         found = ", ".join(f"{name}: {n}" for name, n in lengths.items())
         raise DataError(f"from_arrays needs arrays with the same number of rows; got {found}.")
-    return next(iter(lengths.values()))
+    return length
 
 
 def _checked_batch_size(batch_size: int, num_samples: int, drop_remainder: bool) -> int:

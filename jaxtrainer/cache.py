@@ -30,7 +30,7 @@ def use_compilation_cache(directory: Path) -> None:
     if not _listening:
         jax.monitoring.register_event_listener(_count)
         _listening.append(True)
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         # Small programs too: an eager one-liner costs tens of milliseconds to compile.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtrainer.errors import (
@@ -216,31 +215,9 @@ def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     ocp = _orbax()
     wanted = {name: item for name, item in wanted.items() if jax.tree.leaves(item)}
     _compare(path, wanted)
-    words = jax.tree.map(_key_words, wanted)
-    args = {name: ocp.args.StandardRestore(item) for name, item in words.items()}
+    args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
     with _failing_as(f"reading {path}"), _reader() as reader:
-        restored = dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
-    return jax.tree.map(_typed, wanted, restored)
-
-
-def _key_words(spec: Any) -> Any:
-    if not _is_key(spec):
-        return spec
-    words = jax.eval_shape(jax.random.key_data, spec)
-    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=spec.sharding)
-
-
-def _key_impl(spec: Any) -> Any:
-    # JAX tells the implementation of a key, also of one that is being traced, but not of a spec.
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), spec)
-    return found[0]
-
-
-def _typed(spec: Any, array: Any) -> Any:
-    if not _is_key(spec):
-        return array
-    return jax.random.wrap_key_data(array, impl=_key_impl(spec))
+        return dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
 
 
 def _items(state: TrainState) -> Nested:
@@ -252,17 +229,16 @@ def _items(state: TrainState) -> Nested:
 def _small_arrays(state: TrainState) -> dict[str, Any]:
     return {
         "batch_count": int(state.batch_count),
-        "rng": np.asarray(jax.random.key_data(state.rng)).tolist(),
+        "rng": np.asarray(state.rng).tolist(),
         "totals": np.asarray(state.totals).tolist(),
     }
 
 
 def _restore_small(saved: Mapping[str, Any], target: TrainState) -> dict[str, Any]:
-    words = np.array(saved["rng"], np.uint32)
     totals = np.array(saved["totals"], np.float32).reshape(target.totals.shape)
     arrays = {
         "batch_count": np.int32(saved["batch_count"]),
-        "rng": jax.random.wrap_key_data(words, impl=_key_impl(target.rng)),
+        "rng": np.array(saved["rng"], np.uint32),
         "totals": totals,
     }
     return {k: jax.device_put(v, getattr(target, k).sharding) for k, v in arrays.items()}
@@ -275,19 +251,11 @@ def _fits_host(items: Nested) -> bool:
 
 
 def _on_host(items: Nested) -> Nested:
-    leaves, treedef = jax.tree.flatten(jax.tree.map(_words, items))
+    leaves, treedef = jax.tree.flatten(items)
     for leaf in leaves:
         leaf.copy_to_host_async()
     # A copy: on the CPU backend a view would be overwritten by the next, donated, step.
     return jax.tree.unflatten(treedef, [np.array(leaf) for leaf in leaves])
-
-
-def _words(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
@@ -322,7 +290,6 @@ def _table(tree: Any) -> dict[str, str]:
 
 
 def _describe(leaf: Any) -> str:
-    leaf = _key_words(leaf)
     shape = ", ".join(map(str, leaf.shape))
     return f"{leaf.dtype}[{shape}]"
 

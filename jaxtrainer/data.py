@@ -112,10 +112,9 @@ class IndexedSource:
 
     def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
         """See `Source.open`."""
-        rows = self.loader.batch_indices(epoch)
-        size = self.loader.batch_size
+        rows, size = self.loader.batch_indices(epoch), self.loader.batch_size
         for i in range(start, self.num_batches):
-            yield rows[i * size : (i + 1) * size], None
+            yield self.gather(rows[i * size : (i + 1) * size]), None
 
     def gather(self, rows: np.ndarray) -> PyTree:
         """Return the rows of every array, in NumPy."""
@@ -198,7 +197,10 @@ def open_source(loader: Any, stage: str) -> Source:
 
 def device_transform_of(loader: Any) -> Callable[[PyTree], PyTree] | None:
     """Return the transform that the loader wants inside the step, if any."""
-    return getattr(loader, "device_transform", None)
+    transform = getattr(loader, "device_transform", None)
+    # `from_arrays(...).map(...)` is another dataset, of the same batches.
+    parents = getattr(loader, "_parents", ()) if transform is None else ()
+    return next(filter(None, map(device_transform_of, parents)), transform)
 
 
 def as_host_batch(batch: PyTree) -> PyTree:
@@ -237,12 +239,14 @@ def num_rows(batch: PyTree, stage: str) -> int:
     if not flat:
         raise DataError(f"the first {stage} batch has no arrays: {batch!r}")
     rows = {leaf_name(path): (leaf.shape[0] if leaf.shape else None) for path, leaf in flat}
-    if len(set(rows.values())) != 1 or None in rows.values():
+    shared, *others = set(rows.values())
+    if others or shared is None:
         found = ", ".join(f"{name}: {n}" for name, n in rows.items())
         raise DataError(
-            f"the leaves of a {stage} batch must share their leading axis, the samples; got {found}."
+            f"the leaves of a {stage} batch must share their leading axis, the samples; "
+            f"got {found}."
         )
-    return next(iter(rows.values()))
+    return shared
 
 
 def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtrainer.step import STOP, Program
@@ -133,6 +132,4 @@ def _is_long(lowered: Any) -> bool:
 
 
 def _zeros(spec: Any) -> jax.Array:
-    if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.key(0), spec.sharding)
     return jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)

@@ -69,13 +69,22 @@ class MissingExtraError(JaxTrainerError, ImportError):
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string.
+
+    Example:
+        >>> did_you_mean("epochs", ["max_epochs", "min_epochs", "seed"])
+        " Did you mean 'max_epochs' or 'min_epochs'?"
+    """
+    likeness = {k: difflib.SequenceMatcher(None, k, name).ratio() for k in known}
+    best = max(likeness.values(), default=0.0)
+    close = [repr(k) for k, ratio in likeness.items() if ratio == best >= cutoff]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def checks_options(init: Callable[P, R]) -> Callable[P, R]:
-    """Decorate an `__init__` so that a misspelt keyword names the close match.
+    """Decorate an `__init__` or a method so that a misspelt keyword names the close match.
+
+    Where the class has a dict `_elsewhere`, it says what takes the place of other options.
 
     Example:
         >>> class Box:
@@ -92,9 +101,16 @@ def checks_options(init: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in names:
-                hint = did_you_mean(name, names) or f" Options: {', '.join(names)}."
-                owner = type(args[0]).__name__ if args else init.__qualname__
-                raise OptionError(f"{owner} got an unknown option {name!r}.{hint}")
+                raise OptionError(_unknown_option(type(args[0]), init, name, names))
         return init(*args, **kwargs)
 
     return checked
+
+
+def _unknown_option(
+    owner: type, init: Callable[..., object], name: str, names: Iterable[str]
+) -> str:
+    what = owner.__name__ if init.__name__ == "__init__" else f"{owner.__name__}.{init.__name__}"
+    instead = getattr(owner, "_elsewhere", {}).get(name)
+    hint = f" {instead}" if instead else did_you_mean(name, names)
+    return f"{what} got an unknown option {name!r}.{hint or ' Options: ' + ', '.join(names) + '.'}"

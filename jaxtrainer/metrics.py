@@ -83,7 +83,10 @@ class Recorder:
         self._check_trace(name)
         key = series_name(self.stage, name)
         if key in self.specs:
-            raise LogError(f"log got the name {name!r} twice in one step; give each its own name.")
+            raise LogError(
+                f"log records the series {key!r} twice in one step, now as {name!r}; give each its "
+                "own name (a callback has an option for it: `Accuracy(name=...)`)."
+            )
         if reduce not in ("mean", "sum", "min", "max"):
             raise LogError(f"log({name!r}, reduce={reduce!r}): use 'mean', 'sum', 'min' or 'max'.")
         training = self.stage == "train"
@@ -124,8 +127,11 @@ def _stack(values: Mapping[str, Array]) -> Array:
 def _scalar(name: str, value: Any, what: str) -> Array:
     try:
         array = jnp.asarray(value)
-    except TypeError as error:
-        raise LogError(f"log({name!r}) got a {what} of type {type(value).__name__}: {error}") from None
+    except (TypeError, ValueError):
+        raise LogError(
+            f"log({name!r}) got a {type(value).__name__} as its {what}; pass a scalar: a number or "
+            "an array of shape ()."
+        ) from None
     if array.size != 1:
         raise LogError(
             f"log({name!r}) got a {what} of shape {array.shape}; it records scalars: "
@@ -134,6 +140,22 @@ def _scalar(name: str, value: Any, what: str) -> Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise LogError(f"log({name!r}) got a complex {what}; log its real part or modulus.")
     return array.reshape(()).astype(jnp.float32)
+
+
+def host_scalar(name: str, value: Any) -> float:
+    """Return a value logged in a hook as a float.
+
+    Raises:
+        LogError: If it is no real scalar.
+    """
+    try:
+        array = np.asarray(value)
+        if array.size == 1:
+            return float(array.reshape(()))
+        got = f"shape {array.shape}"
+    except (TypeError, ValueError):
+        got = f"type {type(value).__name__}"
+    raise LogError(f"log({name!r}) got a value of {got}; pass a scalar: a number or its mean.")
 
 
 class Totals:

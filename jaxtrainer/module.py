@@ -11,12 +11,23 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxtrainer.errors import AttributeChangedError, ConfigError, LogError, did_you_mean
+from jaxtrainer.errors import (
+    AttributeChangedError,
+    ConfigError,
+    LogError,
+    StepError,
+    checks_options,
+)
+from jaxtrainer.frozen import changed_names, contents_of, is_same, kept_tracers
 from jaxtrainer.metrics import Recorder
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree, Reduce
 
-_OWN = ("run", "model")
+_HOST_ONLY = {
+    "model": "holds no model while training: use the `model` that the step gets as an argument",
+    "run": "counts on the host, and the compiled step would see its first values for ever: pass "
+    "what changes in the batch, as an Optax schedule, or as an `nnx.Variable` on the model",
+}
 _MISSING = object()
 
 
@@ -44,6 +55,10 @@ class TrainModule:
     model: Any = None
     run: Run | None = None
     _tracing: ClassVar[_Trace | None] = None
+    _elsewhere: ClassVar[dict[str, str]] = {
+        "batch_size": "Pass `weight=`.",
+        "sync_dist": "Means are exact over all devices without it.",
+    }
 
     def configure_model(self, rngs: Any) -> Any:
         """Return the model: an `nnx.Module`, or any pytree with arrays (Equinox, Linen params).
@@ -83,6 +98,7 @@ class TrainModule:
         """Return the predictions for a batch: a pytree of arrays, one row a sample."""
         raise NotImplementedError
 
+    @checks_options
     def log(
         self,
         name: str,
@@ -123,7 +139,7 @@ class TrainModule:
                 weight=weight,
             )
         elif self.run is not None:
-            self.run.log(name, float(value), prog_bar=prog_bar)
+            self.run.log(name, value, prog_bar=prog_bar)
         else:
             raise LogError(f"log({name!r}) outside a step or hook: there is no run to log to.")
 
@@ -144,27 +160,34 @@ class TrainModule:
         return jax.random.fold_in(trace.key, trace.num_keys)
 
     def __getattribute__(self, name: str) -> Any:
-        value = object.__getattribute__(self, name)
         trace = TrainModule._tracing
-        if trace is not None and name in object.__getattribute__(self, "__dict__"):
+        if trace is not None and not name.startswith("__"):
+            # A name that is not there counts too: a hook may set what `getattr` found missing.
             trace.reads.add(name)
-        return value
+            if name in _HOST_ONLY:
+                owner = type(self).__name__
+                raise StepError(f"{owner}.{name} was read in a traced step. It {_HOST_ONLY[name]}.")
+        return object.__getattribute__(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_change(name, value)
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_change(name, _MISSING)
+        object.__delattr__(self, name)
+
+    def _refuse_change(self, name: str, value: Any) -> None:
+        attribute = f"{type(self).__name__}.{name}"
         if TrainModule._tracing is not None:
             raise AttributeChangedError(
-                f"{type(self).__name__}.{name} was set inside a traced step, where it would keep a "
-                f"tracer. Use `self.log({name!r}, ...)` to report a value, or an `nnx.Variable` "
+                f"{attribute} was set inside a traced step, which Python runs once, while it is "
+                f"compiled. Use `self.log({name!r}, ...)` to report a value, or an `nnx.Variable` "
                 "on the model to carry it to the next step."
             )
-        frozen = self.__dict__.get("_frozen", ())
-        if name in frozen and value is not self.__dict__.get(name, _MISSING):
-            raise AttributeChangedError(
-                f"{type(self).__name__}.{name} is read by the compiled step, which would not see "
-                "the new value. Pass what changes in the batch, as an Optax schedule, or as an "
-                "`nnx.Variable` on the model."
-            )
-        object.__setattr__(self, name, value)
+        is_read = name in self.__dict__.get("_frozen", ())
+        if is_read and not is_same(value, getattr(self, name, _MISSING)):
+            raise AttributeChangedError(_stale(attribute))
 
 
 class _Trace:
@@ -181,14 +204,30 @@ class _Trace:
 def tracing(module: TrainModule, recorder: Recorder, key: jax.Array | None) -> Iterator[None]:
     """Let `module.log` and `module.make_rng` act on this trace, and guard the attributes."""
     trace = _Trace(recorder, key)
+    own = {k: v for k, v in vars(module).items() if k not in (*_HOST_ONLY, "_frozen")}
+    contents = contents_of(own)
     before, TrainModule._tracing = TrainModule._tracing, trace
     try:
         yield
     finally:
         TrainModule._tracing = before
-    _refuse_kept_tracers(module)
-    frozen = module.__dict__.get("_frozen", frozenset())
-    object.__setattr__(module, "_frozen", frozen | trace.reads)
+    # `self.outputs.append(loss)` passes __setattr__ by, and would leak a tracer.
+    for name in (*changed_names(vars(module), contents), *kept_tracers(vars(module))):
+        raise AttributeChangedError(
+            f"{type(module).__name__}.{name} was changed inside a traced step, which Python runs "
+            "once, while it is compiled. Use `self.log(...)`: its epoch mean is exact, and needs "
+            "no list."
+        )
+    frozen = module.__dict__.get("_frozen", {})
+    read = {name: contents.get(name) for name in trace.reads}
+    object.__setattr__(module, "_frozen", {**frozen, **read})
+
+
+def refuse_stale(module: TrainModule) -> None:
+    """Raise if a list or dict that the compiled steps have read was changed since, in place."""
+    read = {k: v for k, v in module.__dict__.get("_frozen", {}).items() if v is not None}
+    for name in changed_names(vars(module), read):
+        raise AttributeChangedError(_stale(f"{type(module).__name__}.{name}"))
 
 
 def thaw(module: TrainModule) -> None:
@@ -196,49 +235,9 @@ def thaw(module: TrainModule) -> None:
     module.__dict__.pop("_frozen", None)
 
 
-def _refuse_kept_tracers(module: TrainModule) -> None:
-    # `self.outputs.append(loss)` passes __setattr__ by, and would leak a tracer.
-    for name, value in vars(module).items():
-        if name in _OWN or not isinstance(value, list | dict | set | tuple):
-            continue
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
-            raise AttributeChangedError(
-                f"{type(module).__name__}.{name} got a traced value added inside a step. "
-                f"Use `self.log(...)`: its epoch mean is exact, and needs no list."
-            )
-
-
-def is_overridden(module: TrainModule, name: str) -> bool:
-    """Return whether the user's class has its own version of a step."""
-    if name == "test_step" and not _differs(module, "test_step"):
-        return _differs(module, "validation_step")
-    return _differs(module, name)
-
-
-def _differs(module: TrainModule, name: str) -> bool:
-    return getattr(type(module), name) is not getattr(TrainModule, name)
-
-
-def require(module: Any, names: tuple[str, ...]) -> None:
-    """Raise ConfigError unless the module is a TrainModule that has the steps asked for."""
-    if not isinstance(module, TrainModule):
-        raise ConfigError(
-            f"expected a TrainModule instance, got {module!r}; "
-            "write `class MyModule(TrainModule): ...` and pass `MyModule()`."
-        )
-    for name in names:
-        if not is_overridden(module, name):
-            own = [n for n in dir(type(module)) if not n.startswith("_") and not hasattr(TrainModule, n)]
-            raise ConfigError(
-                f"{type(module).__name__} has no `{name}`; "
-                f"write `def {name}(self{_PARAMETERS.get(name, '')})`.{did_you_mean(name, own)}"
-            )
-
-
-_PARAMETERS = {
-    "configure_model": ", rngs",
-    "training_step": ", model, batch",
-    "validation_step": ", model, batch",
-    "test_step": ", model, batch",
-    "predict_step": ", model, batch",
-}
+def _stale(attribute: str) -> str:
+    return (
+        f"{attribute} was changed, but the compiled step has read it and would not see the new "
+        "value. Pass what changes in the batch, as an Optax schedule, or as an `nnx.Variable` on "
+        "the model."
+    )

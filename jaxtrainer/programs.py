@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxtrainer.errors import ConfigError
+from jaxtrainer.checks import configured_model
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.module import TrainModule
 from jaxtrainer.sharding import batch_sharding, replicated
@@ -52,9 +52,7 @@ class Initializer:
     def make_model(self, seed: Any) -> tuple[Nested, Nested]:
         """Return `(params, model_state)` of a fresh model (traced)."""
         model_key = jax.random.split(jax.random.key(seed))[0]
-        model = self.module.configure_model(nnx.Rngs(model_key))
-        if model is None:
-            raise ConfigError(f"{type(self.module).__name__}.configure_model returned None.")
+        model = configured_model(self.module, nnx.Rngs(model_key))
         self.adapter = adapter_for(model)
         return self.adapter.split(model)
 
@@ -69,7 +67,7 @@ class Initializer:
                 params=params,
                 model_state=model_state,
                 opt_state=opt_state,
-                rng=jax.random.split(jax.random.key(seed))[1],
+                rng=jax.random.key_data(jax.random.split(jax.random.key(seed))[1]),
                 totals=None,
                 accumulated=window,
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from jaxtrainer.run import History, Run
+from jaxtrainer.run import History, Run, is_private
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,11 @@ class FitResult:
     @classmethod
     def of(cls, run: Run) -> FitResult:
         """Return the result of a run that has ended."""
+        # A resumed run that had nothing left to do has values, and no history.
+        known = {name: value for name, value in run.metrics.items() if not is_private(name)}
         return cls(
             history=run.history,
-            metrics={name: run.history[name].values[-1] for name in run.history},
+            metrics={**known, **{name: run.history[name].values[-1] for name in run.history}},
             stop_reason=run.stop_reason,
             num_epochs=run.epoch,
             num_steps=run.global_step,

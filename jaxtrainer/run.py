@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtrainer.metrics import host_scalar
 from jaxtrainer.types import Clock
 
 
@@ -187,6 +188,8 @@ class Run:
         """Go to the start of the next epoch."""
         self.epoch += 1
         self.batch_idx = 0
+        self.loader_state = None
+        self.is_epoch_end = False
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end at the next boundary; the first reason stands."""
@@ -195,14 +198,14 @@ class Run:
 
     def log(self, name: str, value: float, *, prog_bar: bool = False) -> None:
         """Record a host value as an epoch point, e.g. from a hook."""
-        self.record("epoch", {name: float(value)})
+        self.record("epoch", {name: host_scalar(name, value)})
         if prog_bar:
             self.prog_bar.add(name)
 
     def record(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take reported values into `metrics` and `history`; names with `_` first are private."""
         self.metrics.update(metrics)
-        public = {k: v for k, v in metrics.items() if not _is_private(k)}
+        public = {k: v for k, v in metrics.items() if not is_private(k)}
         at = self.global_step if step is None else step
         self.history.add(kind, public, step=at, epoch=self.epoch)
 
@@ -231,5 +234,6 @@ class Run:
         return self.epoch >= self.limits.min_epochs and self.global_step >= self.limits.min_steps
 
 
-def _is_private(name: str) -> bool:
+def is_private(name: str) -> bool:
+    """Return whether a series is for a callback only: its name has `_` first."""
     return name.rsplit("/", 1)[-1].startswith("_")

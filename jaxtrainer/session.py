@@ -17,10 +17,11 @@ import numpy as np
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import Callback, CallbackList
 from jaxtrainer.checkpoint import Snapshot, read_record, restore_items
+from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import open_source
 from jaxtrainer.dispatch import Dispatch
 from jaxtrainer.errors import CheckpointMismatchError
-from jaxtrainer.feed import Feed, FeedOptions
+from jaxtrainer.feed import Feed
 from jaxtrainer.interrupts import Interrupts
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, batch_limit
@@ -29,9 +30,6 @@ from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size, place, replicated
 from jaxtrainer.types import PyTree, Stage
-
-RESIDENT_BYTES = 1 << 30
-"""Arrays in memory up to this size are put on the device whole."""
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
 _OPTION = {"train": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -192,14 +190,8 @@ class Session:
         limit = batch_limit(
             f"limit_{_OPTION[stage]}_batches", self.options.batch_limits[stage], source.num_batches
         )
-        options = FeedOptions(
-            stage=stage,
-            mesh=self.mesh,
-            limit=limit,
-            keep_ragged=keep_ragged,
-            resident_bytes=RESIDENT_BYTES,
-        )
-        feed = Feed(source, options, **position)
+        options = ReadOptions(stage=stage, limit=limit, keep_ragged=keep_ragged)
+        feed = Feed(source, options, self.mesh, **position)
         self._feeds.append(feed)
         return feed
 
@@ -237,8 +229,9 @@ class Session:
 
 
 def _data_record(feed: Feed) -> dict[str, Any]:
-    # Grain's datasets have a method `seed`: only numbers say which samples there are.
     loader = getattr(feed.source, "loader", None)
-    known = {name: getattr(loader, name, None) for name in ("seed", "num_samples")}
+    names = {"seed": "order_seed", "num_samples": "num_samples"}
+    known = {name: getattr(loader, attribute, None) for name, attribute in names.items()}
+    # Of a user's loader these may be anything: only numbers say which samples there are.
     numbers = {k: int(v) if isinstance(v, int | np.integer) else None for k, v in known.items()}
     return {"batch_size": feed.rows, **numbers}

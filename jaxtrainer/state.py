@@ -6,13 +6,15 @@ loop hands dicts to the compiled step. May import what is at or below level 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxtrainer.errors import ConfigError, StepError
 from jaxtrainer.types import Array, PyTree
@@ -28,7 +30,7 @@ class TrainState(NamedTuple):
         params: Trainable arrays, nested dicts.
         model_state: Every other variable of the model: statistics, RNG counters, your own.
         opt_state: `{optimiser name: Optax state}`.
-        rng: Key from which the keys of each step are folded: `[]`, typed PRNG key.
+        rng: Words of the key from which the keys of each step are folded: `[2]`, uint32.
         totals: Running totals of the epoch's metrics: `[4, num_metrics]`, float32.
         accumulated: `{"grads": ..., "weight": ...}` of an open accumulation window, or `{}`.
     """
@@ -72,12 +74,13 @@ class NNXAdapter:
 
     def split(self, model: nnx.Module) -> tuple[Nested, Nested]:
         """See `Adapter.split`."""
+        _adopt_traced_arrays(model)
         self._graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         self._params, self._rest = _Layout(params), _Layout(rest)
         if not self._params.names:
             raise ConfigError(
-                f"configure_model returned a {type(model).__name__} without an `nnx.Param`: "
-                "there is nothing to train."
+                f"the model is a {type(model).__name__} without an `nnx.Param`: there is nothing "
+                "to train. Return a model with e.g. an `nnx.Linear` from `configure_model`."
             )
         return self._params.to_dict(params), self._rest.to_dict(rest)
 
@@ -99,14 +102,15 @@ class NNXAdapter:
         """See `Adapter.read_back`."""
         _check_static(self._before, _static_attributes(model), where)
         _, params, rest = nnx.split(model, nnx.Param, ...)
-        layout = _Layout(rest)
-        if layout.treedef != self._rest.treedef:
-            changed = sorted(set(layout.names) ^ set(self._rest.names)) or layout.names
-            raise StepError(
-                f"{where} added or removed model variables: {', '.join(changed)}. "
-                "Create every variable in `configure_model`, so that its shape is known."
-            )
-        return self._params.to_dict(params), layout.to_dict(rest)
+        layouts = _Layout(params), _Layout(rest)
+        for layout, old in zip(layouts, (self._params, self._rest), strict=True):
+            if layout.treedef != old.treedef:
+                changed = sorted(set(layout.names) ^ set(old.names)) or layout.names
+                raise StepError(
+                    f"{where} added or removed model variables: {', '.join(changed)}. "
+                    "Create every variable in `configure_model`, so that its shape is known."
+                )
+        return layouts[0].to_dict(params), layouts[1].to_dict(rest)
 
 
 class PytreeAdapter:
@@ -125,10 +129,12 @@ class PytreeAdapter:
         self._static = [None if _is_array(leaf) else leaf for leaf in leaves]
         kinds = [self._kind(p, leaf) for p, leaf in zip(paths, leaves, strict=True)]
         self._slots = list(zip(kinds, paths, strict=True))
+        self._impls = _key_impls(zip(paths, leaves, strict=True))
         if "param" not in kinds:
             raise ConfigError(
-                f"configure_model returned {type(model).__name__} without a floating-point array: "
-                "there is nothing to train. Return an `nnx.Module` or a pytree of arrays."
+                f"the model is {_described(model)} without a floating-point array: there is "
+                "nothing to train. Return an `nnx.Module` or a pytree of arrays from "
+                f"`configure_model`{_instead(model)}."
             )
         return self._collect("param", leaves), self._collect("state", leaves)
 
@@ -136,7 +142,7 @@ class PytreeAdapter:
         """See `Adapter.merge`."""
         tables = {"param": dict(flat_items(params)), "state": dict(flat_items(model_state))}
         leaves = [
-            static if kind == "static" else tables[kind][path]
+            static if kind == "static" else _typed(tables[kind][path], self._impls.get(path))
             for (kind, path), static in zip(self._slots, self._static, strict=True)
         ]
         return jax.tree.unflatten(self._treedef, leaves)
@@ -156,22 +162,29 @@ class PytreeAdapter:
 
     def _collect(self, kind: str, leaves: list[Any]) -> Nested:
         slots = zip(self._slots, leaves, strict=True)
-        return nest({path: leaf for (k, path), leaf in slots if k == kind})
+        return nest({path: _words(leaf) for (k, path), leaf in slots if k == kind})
 
 
 class _Layout:
-    """The names and tree of an `nnx.State`, to go between it and a nested dict."""
+    """The names and tree of an `nnx.State`, to go between it and a nested dict.
+
+    Typed PRNG keys are kept as their words: passing a typed key to a compiled program costs
+    several microseconds of Python, and words can be saved as they are.
+    """
 
     def __init__(self, state: Any) -> None:
         flat, self.treedef = jax.tree_util.tree_flatten_with_path(state)
         self.names = [_path(path) for path, _ in flat]
+        self._impls = _key_impls((_path(path), leaf) for path, leaf in flat)
 
     def to_dict(self, state: Any) -> Nested:
-        return nest(dict(zip(self.names, jax.tree.leaves(state), strict=True)))
+        leaves = jax.tree.leaves(state)
+        return nest({n: _words(leaf) for n, leaf in zip(self.names, leaves, strict=True)})
 
     def to_tree(self, nested: Nested) -> Any:
         table = dict(flat_items(nested))
-        return jax.tree.unflatten(self.treedef, [table[name] for name in self.names])
+        leaves = [_typed(table[n], self._impls.get(n)) for n in self.names]
+        return jax.tree.unflatten(self.treedef, leaves)
 
 
 def nest(flat: Mapping[str, Any]) -> Nested:
@@ -212,6 +225,22 @@ def size_of(tree: PyTree) -> tuple[int, int]:
     return count, sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
+def _is_key(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impls(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: jax.random.key_impl(leaf) for name, leaf in named if _is_key(leaf)}
+
+
+def _words(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _typed(leaf: Any, impl: Any) -> Any:
+    return leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+
+
 def _path(path: tuple[Any, ...]) -> str:
     # NNX ends each path with the `.value` of the Variable, which says nothing.
     keys = [k for k in path if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")]
@@ -222,15 +251,45 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def _described(model: Any) -> str:
+    if isinstance(model, type) or callable(model) and hasattr(model, "__name__"):
+        return f"the {'class' if isinstance(model, type) else 'function'} {model.__name__}"
+    return f"a {type(model).__name__}"
+
+
+def _instead(model: Any) -> str:
+    if isinstance(model, type):
+        return f": `return {model.__name__}(..., rngs=rngs)`"
+    is_linen = type(model).__module__.startswith("flax.linen") or hasattr(model, "init_with_output")
+    return ": `return module.init(rngs.params(), x)`, Linen's variables" if is_linen else ""
+
+
+def _adopt_traced_arrays(model: nnx.Module) -> None:
+    # NNX takes an array attribute for data, but not a traced one, and under jit all of them are.
+    for _, module in nnx.iter_modules(model):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, Tracer):
+                setattr(module, name, nnx.data(value))
+
+
 def _static_attributes(model: nnx.Module) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {
-        path: {k: v for k, v in vars(module).items() if not k.startswith("_") and _is_static(v)}
+        path: {
+            k: _copied(v)
+            for k, v in vars(module).items()
+            if not k.startswith("_") and _is_static(v)
+        }
         for path, module in nnx.iter_modules(model)
     }
 
 
 def _is_static(value: Any) -> bool:
-    return not isinstance(value, nnx.Variable | nnx.Pytree | Array | dict)
+    # A traced array is static to NNX: whatever the step sets to one would be lost.
+    return isinstance(value, Tracer) or not isinstance(value, nnx.Variable | nnx.Pytree | Array)
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, list | dict | set) else value
 
 
 def _check_static(before: dict, after: dict, where: str) -> None:

@@ -21,6 +21,13 @@ from jaxtrainer.errors import StepError
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, tracing
 from jaxtrainer.optim import clip
+from jaxtrainer.outputs import (
+    batch_weight,
+    check_predictions,
+    noting,
+    refuse_leaked,
+    step_outputs,
+)
 from jaxtrainer.precision import Precision
 from jaxtrainer.state import Adapter, Nested, TrainState
 from jaxtrainer.types import Array, PyTree, Stage
@@ -106,7 +113,11 @@ def build_train_step(
     """
     trace = _Traced(options, "train")
 
-    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
+    def gradients(
+        params: Nested, model_state: Nested, batch: PyTree, rng: Array, batch_count: Array
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
+
         def loss_fn(params: Nested) -> tuple[Array, Any]:
             return trace.run(params, model_state, batch, key)
 
@@ -115,7 +126,8 @@ def build_train_step(
 
     # Traced here once; inside the loop below the cached jaxpr is put in line.
     inner = jax.jit(gradients, inline=True)
-    jax.eval_shape(inner, state.params, state.model_state, batch, state.rng)
+    arguments = (state.params, state.model_state, batch, state.rng, state.batch_count)
+    refuse_leaked(jax.make_jaxpr(inner)(*arguments).consts, trace.where)
     specs = list(trace.recorder.specs.values())
     if logs_norm := optimizer.clip_value is not None and optimizer.clip_algorithm == "norm":
         specs.append(
@@ -126,9 +138,8 @@ def build_train_step(
     totals = Totals(tuple(specs))
 
     def one_step(state: TrainState, batch: PyTree, apply: Array) -> tuple[TrainState, Array]:
-        key = jax.random.fold_in(state.rng, state.batch_count)
         grads, loss, model_state, row, weights, weight = inner(
-            state.params, state.model_state, batch, key
+            state.params, state.model_state, batch, state.rng, state.batch_count
         )
         state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
         state, norm = _optimise(optimizer, state, grads, loss, weight, apply)
@@ -177,7 +188,7 @@ def build_eval_step(
         return row, weights
 
     inner = jax.jit(forward, inline=True)
-    jax.eval_shape(inner, params, model_state, batch)
+    refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
     totals = Totals(tuple(trace.recorder.specs.values()))
 
     def program(length: int, *arguments: Any) -> Any:
@@ -214,9 +225,11 @@ def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
         batch = _prepare(options, _take(options, resident, chunk, index))
         cast = options.precision.cast_to_compute
         model = options.adapter.merge(cast(params), model_state, training=False)
-        with tracing(module, Recorder("predict"), None):
+        where = f"{type(module).__name__}.predict_step"
+        with noting(where, batch), tracing(module, Recorder("predict"), None):
             predictions = module.predict_step(model, batch)
-        options.adapter.read_back(model, where=f"{type(module).__name__}.predict_step")
+        check_predictions(predictions, where)
+        options.adapter.read_back(model, where=where)
         return predictions
 
     return program
@@ -241,8 +254,8 @@ class _Traced:
         model = options.adapter.merge(given, model_state, training=training)
         rows = _rows(batch)
         self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
-        with tracing(options.module, recorder, key):
-            outputs = self._outputs(self.step(model, batch))
+        with noting(self.where, batch), tracing(options.module, recorder, key):
+            outputs = step_outputs(self.step(model, batch), self.where, training=training)
         after, new_state = options.adapter.read_back(model, where=self.where)
         if training:
             _refuse_changed_params(given, after, self.where)
@@ -252,48 +265,9 @@ class _Traced:
         if "loss" in outputs and not any(n.split("/")[-1] == "loss" for n in recorder.specs):
             recorder.log("loss", loss)
         self.outputs = {k: _shapes(v) for k, v in outputs.items()}
-        weight = jnp.asarray(outputs.get("weight", float(rows)), jnp.float32)
+        weight = batch_weight(outputs, self.where, float(rows))
         state = _like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
-
-    def _outputs(self, returned: Any) -> dict[str, Any]:
-        training = self.stage == "train"
-        if isinstance(returned, Mapping):
-            outputs = dict(returned)
-            if training and "loss" not in outputs:
-                raise StepError(
-                    f"{self.where} returned a dict without 'loss' (keys: "
-                    f"{', '.join(map(str, outputs))}); return `{{'loss': loss, ...}}`."
-                )
-        elif returned is None and not training:
-            outputs = {}
-        else:
-            outputs = {"loss": returned}
-        if "loss" in outputs:
-            outputs["loss"] = self._loss(outputs["loss"])
-        return outputs
-
-    def _loss(self, loss: Any) -> Array:
-        if loss is None:
-            raise StepError(f"{self.where} returned None; return the scalar loss: `return loss`.")
-        try:
-            array = jnp.asarray(loss)
-        except TypeError:
-            raise StepError(
-                f"{self.where} returned a {type(loss).__name__}; return the scalar loss, or a dict "
-                "with 'loss'."
-            ) from None
-        if array.shape != ():
-            raise StepError(
-                f"{self.where} returned a loss of shape {array.shape}; reduce it to a scalar: "
-                "`return loss.mean()`."
-            )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise StepError(
-                f"{self.where} returned a loss of dtype {array.dtype}, which has no gradient; it "
-                "must be floating-point. Was it made from labels or predictions by `argmax`?"
-            )
-        return array.astype(jnp.float32)
 
 
 def _optimise(
@@ -364,12 +338,8 @@ def _shapes(value: Any) -> Any:
 
 
 def _like(old: PyTree, new: PyTree) -> PyTree:
-    """Return new with the dtypes (and strong types) of old, so that one program serves all steps."""
-    return jax.tree.map(lambda o, n: lax.convert_element_type(n, o.dtype) if _is_number(o) else n, old, new)
-
-
-def _is_number(leaf: Any) -> bool:
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    """Return new with the strong dtypes of old, so that one program serves every step."""
+    return jax.tree.map(lambda o, n: lax.convert_element_type(n, o.dtype), old, new)
 
 
 def _refuse_changed_params(before: Nested, after: Nested, where: str) -> None:

@@ -19,13 +19,14 @@ from jaxtrainer.assemble import eval_plan, fit_plan, predict_plan, step_plan
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
 from jaxtrainer.callbacks.progress_bar import ProgressBar
+from jaxtrainer.checks import require
 from jaxtrainer.checkpoint import find_checkpoint
 from jaxtrainer.duration import parse_duration
 from jaxtrainer.errors import CheckpointNotFoundError, ConfigError, checks_options
 from jaxtrainer.loops.evaluate import evaluate
 from jaxtrainer.loops.fit import fit
 from jaxtrainer.loops.predict import predict
-from jaxtrainer.module import TrainModule, require
+from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, check_limits
 from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
@@ -51,7 +52,7 @@ class Trainer:
             of an epoch (float).
         check_val_every_n_epoch: Validate in every n-th epoch only.
         limit_train_batches: Batches an epoch (int), or a fraction of the epoch (float).
-        limit_val_batches: The same for validation.
+        limit_val_batches: The same for validation; 0 turns it off in `fit`.
         limit_test_batches: The same for testing.
         limit_predict_batches: The same for prediction.
         num_sanity_val_steps: Validation batches to run before training.
@@ -201,6 +202,8 @@ class Trainer:
             teardown
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
+        if self.options.batch_limits["validate"] == 0:
+            val_loader = None
         if val_loader is not None:
             require(module, ("validation_step",))
         check_limits(self.options.limits)

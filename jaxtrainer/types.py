@@ -45,8 +45,6 @@ class IndexedLoader(Protocol):
     """
 
     batch_size: int
-    seed: int
-    shuffle: bool
 
     @property
     def arrays(self) -> Mapping[str, Any] | PyTree:

@@ -44,7 +44,7 @@ def read_digit(source: str) -> tuple[np.ndarray, str]:
 def read_picture(path: Path) -> np.ndarray:
     """Reads an image file and gives it the size and place that MNIST digits have."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImageError(
             f"reading {path} needs Pillow; install it with `{sys.executable} -m pip install pillow`"

@@ -106,12 +106,15 @@ def train(args):
     )
     test_loader = data.from_arrays(test_set, batch_size=1000, device_transform=to_float)
     module = MnistMLP(args.hidden_dim, args.learning_rate)
-    callbacks = [Timer(), Accuracy(), Checkpoint(args.run_dir), SaveOptions(args)]
+    timer = Timer()
+    callbacks = [timer, Accuracy(), Checkpoint(args.run_dir), SaveOptions(args)]
     trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=callbacks)
     result = trainer.fit(module, train_loader, ckpt_path="last" if args.resume else None)
     if result.stop_reason == "interrupted":
         print(f"stopped after {result.num_steps} steps; --resume goes on from there")
         sys.exit(130)
+    if not timer.epoch_times_s:
+        print(f"nothing left to train; --epochs {2 * result.num_epochs} goes on")
     accuracy = trainer.test(module, test_loader, verbose=False)["test/accuracy"]
     print(f"test accuracy: {accuracy:.4f}")
     print(f"saved in {args.run_dir}; to read a digit: --predict 7")

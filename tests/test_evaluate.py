@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from jaxtrainer import Callback, Run, TrainModule, Trainer
+from jaxtrainer.errors import ConfigError
 from tests import tiny
 
 ROUNDING = 1e-6
@@ -105,6 +106,16 @@ def test_limit_leaves_the_other_batches_out(stage: str, limit: Any, rows: int):
     got = call(Measure(), cut(arrays, 8), verbose=False)
     first = {name: array[:rows] for name, array in arrays.items()}
     assert got == pytest.approx(expected(first, stage), rel=ROUNDING)
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_limit_of_zero_turns_validation_off_in_fit_only(limit: Any):
+    batches = tiny.make_batches(2)
+    result, _ = tiny.fit(batches, batches, max_steps=1, limit_val_batches=limit)
+    assert set(result.metrics) == {"train/loss"}
+    trainer = tiny.make_trainer(limit_val_batches=limit)
+    with pytest.raises(ConfigError, match="leaves no batch"):
+        trainer.validate(tiny.Tiny(), batches)
 
 
 def test_validation_in_fit_is_that_of_validate():

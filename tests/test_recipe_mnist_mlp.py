@@ -4,10 +4,11 @@ import json
 import re
 import sys
 
-import mnist_image
-import mnist_mlp
 import numpy as np
 import pytest
+
+import mnist_image
+import mnist_mlp
 from mnist_image import ImageError, drawing, read_digit
 
 SHRUNK = ["--epochs", "1", "--batch-size", "64", "--hidden-dim", "8"]

@@ -44,6 +44,7 @@ def train(timer: Timer, run: Run, clock: ManualClock, epochs_s: list[float]) -> 
         timer.on_train_epoch_start(run)
         with run.timings.phase("device"):
             clock.now += seconds
+        run.is_epoch_end = True
         timer.on_train_epoch_end(run)
         run.next_epoch()
     timer.on_train_end(run)

@@ -122,9 +122,12 @@ class Checkpoint(Callback):
             self._store = CheckpointStore(self.dirpath, resumed_step=run.resumed_step)
 
     def on_fit_start(self, run: Run) -> None:
-        """Count the triggers from here."""
+        """Count the triggers from here, and say what a resumed run has saved before."""
         self._saved_at_s = run.clock()
         self._count_from(run.global_step)
+        if run.resumed_step is not None and self._store and self.last_step is not None:
+            run.last_checkpoint = str(self._store.path(self.last_step))
+            run.best_checkpoint = self.best_model_path
 
     def on_save_point(self, run: Run) -> None:
         """Save if a trigger says so, or the run is being interrupted."""
@@ -159,7 +162,7 @@ class Checkpoint(Callback):
         """Take back the scores of the checkpoints that are still there."""
         there = saved_steps(Path(self.dirpath))
         self.scores = {int(k): v for k, v in state["scores"].items() if int(k) in there}
-        self.last_step = state["last_step"]
+        self.last_step = state["last_step"] if state["last_step"] in there else None
 
     def _count_from(self, step: int) -> None:
         if self.every_n_train_steps is not None:

@@ -53,13 +53,13 @@ def evaluate(
     hook = _hooks(plan.hooks, HOOK_NAMES[plan.stage])
     run.stage = "sanity" if limit is not None else plan.stage
     run.eval_batch_idx = 0
-    run.num_eval_batches = plan.feed.num_batches if limit is None else limit
+    feed = plan.feed.again(limit)
+    run.num_eval_batches = feed.num_batches
     hook("start")(run)
     hook("epoch_start")(run)
     totals: Any = plan.totals.initial()
-    feed = plan.feed.again(limit).start(plan.capacity)
     try:
-        for chunk in feed:
+        for chunk in feed.start(plan.capacity):
             totals = _run_chunk(run, plan, feed, chunk, totals, params, model_state)
     finally:
         feed.close()

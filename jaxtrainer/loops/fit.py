@@ -67,7 +67,7 @@ def fit(run: Run, plan: FitPlan) -> None:
             _end_epoch(run, plan)
         hooks.on_save_point(run)
         if is_whole:
-            run.num_batches = run.batch_idx if plan.feed.dropped_rows else run.num_batches
+            run.num_batches = run.batch_idx if plan.feed.ragged_rows else run.num_batches
             run.next_epoch()
             run.check_limits()
     plan.reporter.finish(run)

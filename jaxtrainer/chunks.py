@@ -1,0 +1,275 @@
+"""From a loader to stacked chunks of batches in host memory, checked and in order.
+
+`IndexedChunks` cuts them from arrays in memory, `StackedChunks` stacks what any other loader
+yields. May import levels 0 and 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxtrainer.data import IndexedSource, Source, as_host_batch, check_spec, num_rows, spec_of
+from jaxtrainer.errors import BatchSpecError, DataError
+from jaxtrainer.types import PyTree
+
+
+class HostChunk(NamedTuple):
+    """Consecutive batches of one epoch.
+
+    Attributes:
+        tree: Leaves `[capacity, rows, ...]`, NumPy; past `size` they are not defined.
+        size: Batches in it.
+        rows: Samples of each.
+        is_last: Whether the epoch ends with it.
+        states: The loader's own state after each batch, where it has one.
+    """
+
+    tree: PyTree
+    size: int
+    rows: int
+    is_last: bool
+    states: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How to read a loader.
+
+    Attributes:
+        stage: For messages.
+        limit: At most this many batches an epoch.
+        keep_ragged: Hand out a last batch with fewer rows (evaluation) or leave it out
+            (training, where it would cost a second compilation and an uneven step).
+    """
+
+    stage: str
+    limit: int | None = None
+    keep_ragged: bool = False
+
+
+class Chunks(Protocol):
+    """A way to read a loader in chunks.
+
+    Attributes:
+        first: The first batch, NumPy.
+        spec: Shapes and dtypes of a batch.
+        rows: Samples of a whole batch.
+        num_batches: Batches an epoch, if known.
+        ragged_rows: Samples of a last batch that is left out, as far as known.
+        options: How the loader is read.
+    """
+
+    first: PyTree
+    spec: PyTree
+    rows: int
+    ragged_rows: int
+    options: ReadOptions
+
+    @property
+    def num_batches(self) -> int | None:
+        """See the class."""
+        ...
+
+    def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
+        """Yield the chunks of an epoch from batch `start`, or the loader's `state` there."""
+        ...
+
+    def limited(self, limit: int | None) -> Chunks:
+        """Return the same with at most this many batches an epoch."""
+        ...
+
+
+class IndexedChunks:
+    """Chunks of arrays in memory: gathered by row index, or the indices themselves.
+
+    Args:
+        source: The arrays.
+        options: How to read them.
+        gathers: Whether to gather the rows here; if not, chunks are int32 indices.
+    """
+
+    def __init__(self, source: IndexedSource, options: ReadOptions, *, gathers: bool) -> None:
+        self.options = options
+        self.gathers = gathers
+        self._loader = source.loader
+        self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
+        rows = self._loader.batch_indices(0)[: self._loader.batch_size]
+        self.first = as_host_batch(source.gather(rows))
+        self.spec = spec_of(self.first)
+        self.rows = num_rows(self.first, options.stage)
+        has_ragged = len(self._loader) * self.rows > self._num_samples
+        self.ragged_rows = self._num_samples % self.rows if has_ragged else 0
+
+    @property
+    def num_batches(self) -> int | None:
+        """See `Chunks`."""
+        length = self._num_samples // self.rows + bool(self.ragged_rows and self.options.keep_ragged)
+        return length if self.options.limit is None else min(self.options.limit, length)
+
+    def limited(self, limit: int | None) -> IndexedChunks:
+        """See `Chunks.limited`."""
+        return _limited(self, limit)
+
+    def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
+        """See `Chunks.read`."""
+        order, rows = self._loader.batch_indices(epoch), self.rows
+        length = self.num_batches or 0
+        whole = min(length, self._num_samples // rows)
+        for i in range(start, whole, capacity):
+            size = min(capacity, whole - i)
+            block = order[i * rows : (i + size) * rows].reshape(size, rows)
+            yield self._chunk(block, capacity, is_last=i + size == length)
+        if length > whole:
+            yield self._chunk(order[None, whole * rows :], 1, is_last=True)
+
+    def _chunk(self, block: np.ndarray, capacity: int, *, is_last: bool) -> HostChunk:
+        size, rows = block.shape
+        if self.gathers:
+            arrays = jax.tree.map(lambda a: _gather(a, block, capacity), self._loader.arrays)
+            tree = as_host_batch(arrays)
+        else:
+            # Rows past the last batch are never read, but must be valid indices.
+            tree = np.zeros((capacity, rows), np.int32)
+            tree[:size] = block
+        return HostChunk(tree, size, rows, is_last, [None] * size)
+
+
+class StackedChunks:
+    """Chunks of the batches that a loader yields, each checked against the first.
+
+    Args:
+        source: The loader.
+        options: How to read it.
+        epoch: First epoch that will be read.
+        start: First batch of it.
+        state: State of the loader there, if it has one.
+
+    Raises:
+        DataError: If there is no batch, or it cannot be trained on.
+    """
+
+    def __init__(
+        self, source: Source, options: ReadOptions, *, epoch: int, start: int, state: Any
+    ) -> None:
+        self.options = options
+        self.ragged_rows = 0
+        self._source = source
+        batches = source.open(epoch, start, state)
+        first = next(batches, None)
+        if first is None:
+            raise DataError(
+                f"the {options.stage} loader yielded no batch in epoch {epoch} from batch {start}. "
+                "One that drops its remainder is empty when there are fewer samples than a batch."
+            )
+        # Looked at, but not lost: a loader that can be read once only has no second iterator.
+        self._peeked: Iterator[Any] | None = itertools.chain([first], batches)
+        self.first = as_host_batch(first[0])
+        self.spec = spec_of(self.first)
+        self.rows = num_rows(self.first, options.stage)
+
+    @property
+    def num_batches(self) -> int | None:
+        """See `Chunks`."""
+        known = [n for n in (self.options.limit, self._source.num_batches) if n is not None]
+        return min(known, default=None)
+
+    def limited(self, limit: int | None) -> StackedChunks:
+        """See `Chunks.limited`."""
+        limited = _limited(self, limit)
+        self._peeked = None
+        return limited
+
+    def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
+        """See `Chunks.read`."""
+        group: list[_Read] = []
+        for read, is_last in with_last(self._usable(epoch, start, state)):
+            if read.rows != self.rows and group:
+                yield self._chunk(group, capacity, is_last=False)
+                group = []
+            group.append(read)
+            if len(group) == capacity or is_last:
+                yield self._chunk(group, capacity, is_last=is_last)
+                group = []
+
+    def _usable(self, epoch: int, start: int, state: Any) -> Iterator[_Read]:
+        for i, (read, is_last) in enumerate(with_last(self._checked(epoch, start, state))):
+            if read.rows != self.rows and not is_last:
+                raise BatchSpecError(
+                    f"{self.options.stage} batch {start + i} of epoch {epoch} has {read.rows} rows,"
+                    f" expected {self.rows}; only the last batch of an epoch may be smaller."
+                )
+            if read.rows != self.rows and not self.options.keep_ragged:
+                self.ragged_rows = read.rows
+                return
+            yield read
+
+    def _checked(self, epoch: int, start: int, state: Any) -> Iterator[_Read]:
+        batches, self._peeked = self._peeked, None
+        batches = batches or self._source.open(epoch, start, state)
+        limit = self.options.limit
+        limit = None if limit is None else max(limit - start, 0)
+        for i, (batch, after) in enumerate(itertools.islice(batches, limit)):
+            where = f"{self.options.stage} batch {start + i} of epoch {epoch}"
+            batch = as_host_batch(batch)
+            whole = check_spec(batch, self.spec, where)
+            yield _Read(batch, self.rows if whole else num_rows(batch, where), after)
+
+    def _chunk(self, group: list[_Read], capacity: int, *, is_last: bool) -> HostChunk:
+        rows = group[0].rows
+        capacity = capacity if rows == self.rows else 1
+        batches = [read.batch for read in group]
+        tree = jax.tree.map(lambda *leaves: _stack(leaves, capacity), *batches)
+        return HostChunk(tree, len(group), rows, is_last, [read.state for read in group])
+
+
+class _Read(NamedTuple):
+    batch: PyTree
+    rows: int
+    state: Any
+
+
+def _limited(chunks: Any, limit: int | None) -> Any:
+    limits = [n for n in (limit, chunks.options.limit) if n is not None]
+    limited = copy.copy(chunks)
+    limited.options = dataclasses.replace(chunks.options, limit=min(limits, default=None))
+    return limited
+
+
+def _gather(array: np.ndarray, block: np.ndarray, capacity: int) -> np.ndarray:
+    size, rows = block.shape
+    chunk = np.empty((capacity, rows, *array.shape[1:]), array.dtype)
+    flat = chunk[:size].reshape(size * rows, *array.shape[1:])
+    array.take(block.reshape(-1), axis=0, out=flat, mode="clip")
+    return chunk
+
+
+def _stack(leaves: tuple[Any, ...], capacity: int) -> np.ndarray:
+    first = np.asarray(leaves[0])
+    if capacity == 1:
+        return first[None]
+    chunk = np.empty((capacity, *first.shape), first.dtype)
+    for i, leaf in enumerate(leaves):
+        chunk[i] = leaf
+    return chunk
+
+
+def with_last(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each item with whether it is the last; reads one ahead.
+
+    Example:
+        >>> list(with_last(iter("ab")))
+        [('a', False), ('b', True)]
+    """
+    held = next(items, with_last)
+    while held is not with_last:
+        following = next(items, with_last)
+        yield held, following is with_last
+        held = following

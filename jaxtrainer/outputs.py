@@ -1,0 +1,143 @@
+"""What a user's step returned, checked while it is traced.
+
+May import `errors` and `types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxtrainer.errors import StepError
+from jaxtrainer.types import Array, PyTree
+
+_MAX_LEAVES = 8
+"""Leaves of a batch that a note shows."""
+
+
+def step_outputs(returned: Any, where: str, *, training: bool) -> dict[str, Any]:
+    """Return what a step returned as a dict, in which `"loss"`, if any, is a float32 scalar.
+
+    Args:
+        returned: The loss, a dict, or None from an evaluation step.
+        where: The step's name, for messages.
+        training: Whether there must be a loss that has a gradient.
+
+    Raises:
+        StepError: With the corrected `return`.
+    """
+    if isinstance(returned, Mapping):
+        outputs = dict(returned)
+        if training and "loss" not in outputs:
+            keys = ", ".join(map(repr, outputs)) or "none"
+            raise StepError(
+                f"{where} returned a dict without 'loss' (keys: {keys}); return "
+                "`{'loss': loss, ...}`."
+            )
+    elif returned is None and not training:
+        return {}
+    else:
+        outputs = {"loss": returned}
+    if "loss" in outputs:
+        what = "a dict with a loss" if isinstance(returned, Mapping) else "a loss"
+        outputs["loss"] = _loss(outputs["loss"], f"{where} returned {what}", training)
+    return outputs
+
+
+def _loss(loss: Any, what: str, training: bool) -> Array:
+    hint = (
+        "return the scalar loss, or a dict with it: `return {'loss': loss, 'logits': logits}`"
+        if training
+        else "return a dict, e.g. `{'loss': loss, 'logits': logits}`, or nothing"
+    )
+    try:
+        array = None if isinstance(loss, list | tuple) else jnp.asarray(loss)
+    except (TypeError, ValueError):
+        array = None
+    if array is None:
+        raise StepError(f"{what} that is {_kind(loss)}; {hint}.")
+    if array.shape != ():
+        raise StepError(
+            f"{what} of shape {array.shape}; reduce it to a scalar: `return loss.mean()`."
+            if training
+            else f"{what} of shape {array.shape}; {hint}."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise StepError(
+            f"{what} of dtype {array.dtype}, expected a real floating-point one, which has a "
+            "gradient; make it from logits, not from their `argmax`, and take the real part of "
+            "complex numbers."
+        )
+    if training and not isinstance(loss, Tracer):
+        raise StepError(
+            f"{what} that is the constant {loss!r}, which has no gradient; compute it with "
+            "`jax.numpy` from `model` and `batch`."
+        )
+    return array.astype(jnp.float32)
+
+
+def batch_weight(outputs: Mapping[str, Any], where: str, default: float) -> Array:
+    """Return the weight of the batch under gradient accumulation: `[]`, float32."""
+    given = outputs.get("weight", default)
+    try:
+        weight = jnp.asarray(given)
+    except (TypeError, ValueError):
+        raise StepError(f"{where} returned a 'weight' that is {_kind(given)}; {_WEIGHT}.") from None
+    if weight.shape != () or jnp.issubdtype(weight.dtype, jnp.complexfloating):
+        shape = f"{weight.dtype}{list(weight.shape)}"
+        raise StepError(f"{where} returned a 'weight' {shape}; {_WEIGHT}.")
+    return weight.astype(jnp.float32)
+
+
+_WEIGHT = "it is one number for the whole batch, e.g. `mask.sum()`"
+
+
+def check_predictions(predictions: PyTree, where: str) -> None:
+    """Raise StepError unless the predictions are a pytree of arrays."""
+    leaves = jax.tree.leaves(predictions)
+    wrong = [x for x in leaves if not hasattr(x, "shape")]
+    if wrong or not leaves:
+        got = _kind(wrong[0]) if wrong else _kind(predictions)
+        raise StepError(
+            f"{where} returned {got}; return an array, or a pytree of arrays: "
+            "`return model(batch['x'])`."
+        )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+@contextmanager
+def noting(where: str, batch: PyTree) -> Iterator[None]:
+    """Add to an error which step was being traced, and on what batch."""
+    try:
+        yield
+    except Exception as error:
+        flat = jax.tree_util.tree_flatten_with_path(batch)[0]
+        shown = [f"{_name(path)}{x.dtype}{list(x.shape)}" for path, x in flat[:_MAX_LEAVES]]
+        more = ", ..." if len(flat) > _MAX_LEAVES else ""
+        error.add_note(f"while tracing {where} on a batch of {', '.join(shown)}{more}")
+        raise
+
+
+def _name(path: Any) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return f"{name}: " if name else ""
+
+
+def refuse_leaked(consts: Any, where: str) -> None:
+    """Raise if the constants of a traced step are values of another trace, which is over."""
+    leaked = [c for c in consts if isinstance(c, Tracer)]
+    if leaked:
+        found = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaked)
+        raise StepError(
+            f"{where} used traced values that do not live any more ({found}). They were kept by "
+            "a function inside scan, vmap, grad or jit, or as an attribute: return them from "
+            "that function instead (an output of the scan, `has_aux=True`)."
+        )
