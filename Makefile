@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow check format build clean
+.PHONY: help mnist test test-slow check format bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
-	@echo 'Options: ARGS="..." goes to the recipe or to pytest, PYTHON=python3.12 makes the environment, VENV=.venv says where.'
+	@echo 'Options: ARGS="..." goes to the recipe, to pytest or to the benchmarks, PYTHON=python3.12 makes the environment, VENV=.venv says where.'
 
 # pip of a fresh environment may be too old for --group. A venv without pip was cut short: made anew.
 $(STAMP): pyproject.toml
@@ -41,6 +41,11 @@ check: $(STAMP) ## lint, check format and types
 format: $(STAMP) ## format, sort imports, apply safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+bench: $(STAMP) ## time the trainer against loops by hand (short form, under 5 minutes)
+	@set -e; for script in mnist_mlp overhead models startup memory scaling; do \
+		PYTHONPATH=. $(BIN)/python benchmarks/$$script.py --short $(ARGS); \
+	done
 
 build: $(STAMP) ## build the wheel and try it away from the source tree
 	rm -rf dist

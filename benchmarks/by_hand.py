@@ -31,7 +31,7 @@ class ByHand:
         self.workload = workload
         self.epochs = epochs
         self.init = jax.jit(self._init)
-        self.step = jax.jit(self._step, donate_argnums=0)
+        self.step = jax.jit(self.update, donate_argnums=0)
         self.whole_epoch = jax.jit(self._whole_epoch, donate_argnums=0)
         self._resident: Batch | None = None
 
@@ -96,7 +96,7 @@ class ByHand:
         params = self.workload.init(key)
         return params, self.workload.tx.init(params), jnp.zeros(2)
 
-    def _step(self, state: State, batch: Batch) -> State:
+    def update(self, state: State, batch: Batch) -> State:
         params, opt_state, sums = state
         batch = self.workload.prepare(batch)
 
@@ -115,7 +115,7 @@ class ByHand:
         def body(state: State, rows: jax.Array) -> tuple[State, None]:
             # The rows are known to exist, so that no bounds are checked.
             batch = {n: a.at[rows].get(mode="promise_in_bounds") for n, a in arrays.items()}
-            return self._step(state, batch), None
+            return self.update(state, batch), None
 
         return jax.lax.scan(body, state, order)[0]
 

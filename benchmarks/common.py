@@ -1,4 +1,4 @@
-"""What every script shares: interleaved rounds, medians, tables, subprocesses.
+"""What every script shares: interleaved rounds, medians, options, subprocesses.
 
 Imports JAX on first use only: a parent that holds the accelerator would starve its children.
 """
@@ -9,19 +9,14 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,50 +79,6 @@ def rows_of(results: Blocks, steps: int, references: Sequence[str]) -> list[dict
     ]
 
 
-@dataclass(kw_only=True)
-class Report:
-    """Prints tables as they come, or one JSON object at the end."""
-
-    name: str
-    as_json: bool = False
-    tables: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, title: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> None:
-        self.tables.append({"title": title, "rows": list(rows), "note": note})
-        if self.as_json or not rows:
-            return
-        table = Table(title=title, caption=note or None, title_justify="left")
-        for column in rows[0]:
-            table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        Console(width=120).print(table)
-
-    def finish(self) -> None:
-        facts = machine()
-        if self.as_json:
-            print(json.dumps({"script": self.name, "machine": facts, "tables": self.tables}))
-        else:
-            Console(width=120).print("  ".join(f"{k} {v}" for k, v in facts.items()), style="dim")
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def machine() -> dict[str, str]:
-    import jax
-
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    versions = {name: metadata.version(name) for name in names}
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where = {"devices": devices, "cores": str(cores), "system": platform.platform(terse=True)}
-    return {"python": platform.python_version(), **versions, **where}
-
-
 def parser(doc: str | None) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser(description=doc, formatter_class=formatter)
@@ -165,6 +116,6 @@ def python(arguments: Sequence[str], **environment: str) -> str:
 
 
 def peak_rss_mb() -> float:
-    """The most memory this process ever had, in MB (the kernel counts in KiB, on macOS in bytes)."""
+    """The most memory this process ever had, in MB; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import Report, child, interleave, parse, parser, peak_rss_mb
+from benchmarks.common import child, interleave, parse, parser, peak_rss_mb
+from benchmarks.report import Report
 
 PEAKS = ("trainer", "trainer, no ckpt", "trainer, host feed", "loop", "limit")
 GROWTHS = ("trainer", "trainer, no ckpt", "loop")
@@ -57,11 +58,14 @@ def growth(run: str, steps: int) -> dict[str, Any]:
             gc.collect()
             samples.append((_rss_bytes(), len(jax.live_arrays()), threading.active_count()))
 
+    class Watched(ByHand):
+        def _order(self, rng: Any) -> Any:
+            sampler.on_train_epoch_start(None)
+            return super()._order(rng)
+
     workload, epochs, sampler = linear(num_batches=EPOCH), steps // EPOCH, Sampler()
     if run == "loop":
-        hand = ByHand(workload, epochs - 1)
-        order, hand._order = hand._order, lambda rng: (sampler.on_train_epoch_start(None), order(rng))[1]
-        hand.loop()
+        Watched(workload, epochs - 1).loop()
     else:
         trained(workload, epochs - 1, checkpoint="no ckpt" not in run, callbacks=[sampler])
     return _trend(samples)
@@ -72,8 +76,9 @@ def _trend(samples: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
 
     late = np.array(samples[len(samples) // 4 :])
     slope = np.polyfit(EPOCH * np.arange(len(late)), late[:, 0], 1)[0]
-    ends = [f"{low} to {high}" for low, high in zip(late.min(axis=0), late.max(axis=0), strict=True)]
-    return {"bytes/step": float(slope), "live arrays": ends[1], "threads": ends[2]}
+    (_, *low), (_, *high) = late.min(axis=0), late.max(axis=0)
+    arrays, threads = (f"{a} to {b}" for a, b in zip(low, high, strict=True))
+    return {"bytes/step": float(slope), "live arrays": arrays, "threads": threads}
 
 
 def _rss_bytes() -> int:

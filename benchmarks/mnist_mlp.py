@@ -15,7 +15,8 @@ import functools
 from collections.abc import Sequence
 
 from benchmarks.by_hand import ByHand
-from benchmarks.common import Report, interleave, parse, parser, rows_of
+from benchmarks.common import interleave, parse, parser, rows_of
+from benchmarks.report import Report
 from benchmarks.trained import trained
 from benchmarks.workloads import mnist_mlp
 
@@ -23,10 +24,10 @@ BATCH_SIZES = (8, 32, 256, 1024, 4096)
 MAX_BATCHES = 2000
 
 
-def measure(report: Report, batch_size: int, *, rounds: int, epochs: int, **options: object) -> None:
+def measure(report: Report, batch_size: int, *, rounds: int, epochs: int) -> None:
     workload = mnist_mlp(batch_size, MAX_BATCHES)
     hand = ByHand(workload, epochs)
-    trainer = functools.partial(trained, workload, epochs, **options)
+    trainer = functools.partial(trained, workload, epochs)
     runs = {
         "trainer": trainer,
         "trainer, no ckpt": functools.partial(trainer, checkpoint=False),

@@ -1,7 +1,8 @@
 """A small CNN and a transformer, against the jitted loop by hand.
 
---size large is a transformer of about 110 million parameters, for GPUs, and adds what the device
-achieved: tokens a second, TFLOP/s, and with --peak-tflops the utilisation (MFU).
+The options are about the transformer; --size large is one of 110 million parameters, for GPUs.
+The second table is what the device achieved: tokens and TFLOP a second, and with --peak-tflops
+the utilisation (MFU).
 
     PYTHONPATH=. python benchmarks/models.py
     PYTHONPATH=. python benchmarks/models.py --size large --attention cudnn --peak-tflops 989
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.by_hand import ByHand
-from benchmarks.common import Report, interleave, parse, parser, rows_of
+from benchmarks.common import interleave, parse, parser, rows_of
+from benchmarks.report import Report
 from benchmarks.trained import trained
 from benchmarks.transformer import Size, transformer
 from benchmarks.workloads import Workload, mnist_cnn
@@ -54,12 +56,12 @@ def achieved(rows: list[dict[str, Any]], tokens: int, size: Size, peak: float | 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     options = parser(__doc__)
-    options.add_argument("--size", choices=[*SIZES], default="small", help="of the transformer")
+    options.add_argument("--size", choices=[*SIZES], default="small")
     options.add_argument("--batch-size", type=int, default=16)
     options.add_argument("--seq", type=int, help="tokens of a sequence")
     options.add_argument("--steps", type=int, default=50, help="steps of an epoch")
-    options.add_argument("--precision", choices=["32-true", "bf16-mixed"], help="of the transformer")
-    options.add_argument("--attention", choices=["xla", "cudnn"], help="kernel of the attention")
+    options.add_argument("--precision", choices=["32-true", "bf16-mixed"])
+    options.add_argument("--attention", choices=["xla", "cudnn"])
     options.add_argument("--peak-tflops", type=float, help="what the device can do at most")
     options.add_argument("--limit", action="store_true", help="one scan an epoch as well")
     args = parse(options, argv, rounds=5)

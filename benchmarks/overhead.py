@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.by_hand import ByHand
-from benchmarks.common import Report, added_us, interleave, parse, parser, rows_of
+from benchmarks.common import added_us, interleave, parse, parser, rows_of
+from benchmarks.report import Report
 from benchmarks.trained import trained
 from benchmarks.workloads import linear
 

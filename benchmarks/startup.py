@@ -24,7 +24,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.common import Report, child, interleave, parse, parser, python
+from benchmarks.common import child, interleave, parse, parser, python
+from benchmarks.report import Report
 
 IMPORTS = {
     "import jaxtrainer": "import jaxtrainer",

@@ -80,7 +80,7 @@ def fit(cache: str, *, checkpoint: bool) -> tuple[float, float]:
 
     screen = Console(file=Terminal(), force_terminal=True, force_interactive=True, width=100)
     first = First()
-    callbacks: list[Callback] = [first, ProgressBar(console=screen), Timer(console=screen), Accuracy()]
+    callbacks = [first, ProgressBar(console=screen), Timer(console=screen), Accuracy()]
     options = {"batch_size": BATCH_SIZE, "shuffle": True, "drop_remainder": True}
     loader = from_arrays(data(), device_transform=to_float, **options)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,11 @@
-"""The trainer's side: a workload as a `TrainModule`, and the time of its epochs with all defaults on."""
+"""The trainer's side: a workload as a `TrainModule`, and its epochs with all defaults on."""
 
 from __future__ import annotations
 
 import io
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.common import Block
 from benchmarks.workloads import Batch, Params, Workload
-from jaxtrainer import Callback, Trainer, TrainModule, data, session
+from jaxtrainer import Callback, Trainer, TrainModule, data
 from jaxtrainer.callbacks import Accuracy, Checkpoint, ProgressBar, Timer
 
 
@@ -93,11 +92,11 @@ def trained(
     stamps = Stamps()
     with tempfile.TemporaryDirectory() as folder:
         given = [stamps, *defaults(workload, folder, checkpoint=checkpoint), *callbacks]
-        trainer = Trainer(max_epochs=epochs + 1, callbacks=given, **trainer_options(workload, options))
-        module, source = Module(workload, num_logged), loader(workload)
+        options |= trainer_options(workload)
+        trainer = Trainer(max_epochs=epochs + 1, callbacks=given, **options)
+        module, source = Module(workload, num_logged), loader(workload, from_host=from_host)
         began = time.perf_counter()
-        with _feed_from_host(from_host):
-            result = trainer.fit(module, source)
+        result = trainer.fit(module, source)
     first, *rest = stamps.times[1:]
     return Block(
         epoch_s=(rest[-1] - first) / epochs,
@@ -113,26 +112,18 @@ def defaults(workload: Workload, folder: str, *, checkpoint: bool = True) -> lis
     return [*callbacks, Checkpoint(Path(folder) / "run")] if checkpoint else callbacks
 
 
-def trainer_options(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+def trainer_options(workload: Workload) -> dict[str, Any]:
+    options = {"precision": "bf16-mixed"} if workload.bf16 else {}
     limit = {"limit_train_batches": workload.num_batches} if workload.max_batches else {}
-    return {"precision": "bf16-mixed" if workload.bf16 else "32-true", **limit, **options}
+    return options | limit
 
 
-def loader(workload: Workload) -> Any:
+def loader(workload: Workload, *, from_host: bool = False) -> Any:
     return data.from_arrays(
         workload.arrays,
         batch_size=workload.batch_size,
         shuffle=True,
         drop_remainder=True,
         device_transform=workload.prepare,
+        device_resident=False if from_host else None,
     )
-
-
-@contextmanager
-def _feed_from_host(wanted: bool) -> Iterator[None]:
-    before = session.RESIDENT_BYTES
-    session.RESIDENT_BYTES = 0 if wanted else before
-    try:
-        yield
-    finally:
-        session.RESIDENT_BYTES = before

@@ -77,8 +77,8 @@ def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
 
 def _init(key: jax.Array, size: Size) -> Params:
     shapes = _shapes(size)
-    keys = jax.random.split(key, len(shapes))
-    weights = {n: 0.02 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items())}
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    weights = {n: 0.02 * jax.random.normal(keys[n], shape) for n, shape in shapes.items()}
     norms = [f"{i}_{part}" for i in range(size.layers) for part in ("norm0", "norm1")]
     return weights | {name: jnp.ones((size.width,)) for name in [*norms, "norm"]}
 

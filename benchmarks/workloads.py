@@ -77,12 +77,12 @@ def linear(batch_size: int = 32, num_batches: int = 10_000) -> Workload:
 
 def mnist_mlp(batch_size: int = 256, max_batches: int | None = None) -> Workload:
     """784-128-128-128-10 with tanh, squared error to one-hot targets, Adam: the recipe's."""
-    sizes = [784, 128, 128, 128, 10]
+    sizes, lecun = [784, 128, 128, 128, 10], jax.nn.initializers.lecun_normal()
 
     def init(key: jax.Array) -> Params:
         params: Params = {}
-        for i, (shape, k) in enumerate(zip(itertools.pairwise(sizes), jax.random.split(key, 4))):
-            params[f"w{i}"] = jax.nn.initializers.lecun_normal()(k, shape)
+        for i, shape in enumerate(itertools.pairwise(sizes)):
+            params[f"w{i}"] = lecun(jax.random.fold_in(key, i), shape)
             params[f"b{i}"] = jnp.zeros(shape[1:])
         return params
 
@@ -101,10 +101,10 @@ def mnist_cnn(batch_size: int = 64, max_batches: int | None = 50) -> Workload:
     """Two 3x3 convolutions of 16 and 32 channels, each with max pooling by 2, and a dense layer."""
 
     def init(key: jax.Array) -> Params:
-        keys = jax.random.split(key, 3)
         he = jax.nn.initializers.he_normal()
         shapes = {"conv0": (3, 3, 1, 16), "conv1": (3, 3, 16, 32), "dense": (7 * 7 * 32, 10)}
-        weights = {name: he(k, shape) for k, (name, shape) in zip(keys, shapes.items())}
+        keys = dict(zip(shapes, jax.random.split(key, 3), strict=True))
+        weights = {name: he(keys[name], shape) for name, shape in shapes.items()}
         return weights | {f"{name}_b": jnp.zeros(shape[-1:]) for name, shape in shapes.items()}
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

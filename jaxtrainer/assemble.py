@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrainer.checkpoint import restore_state
+from jaxtrainer.checkpoint import check_state, restore_state
 from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_of
 from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
@@ -22,6 +22,7 @@ from jaxtrainer.loops.evaluate import EvalPlan, evaluate
 from jaxtrainer.loops.fit import FitPlan
 from jaxtrainer.loops.predict import PredictPlan
 from jaxtrainer.loops.report import Reporter
+from jaxtrainer.module import refuse_stale, thaw
 from jaxtrainer.optim import parse_optimizer
 from jaxtrainer.options import validation_period, when_to_validate
 from jaxtrainer.plan import Plan, plan_of
@@ -101,13 +102,15 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     _check_first_batch(session, "train", feed, step.program)
     evaluation = None if val_loader is None else eval_plan(session, "validate", val_loader)
     _check_monitors(session, step.program, evaluation)
+    period = validation_period(options.val_check_interval, run.num_batches)
+    if session.path is not None:
+        check_state(session.path, step.target)
     dispatch, run.state = _compile_and_init(session, step)
     if evaluation is not None:
         evaluation.fused = dispatch.fused and evaluation.capacity > 1
     session.load_callbacks()
     run.capture = lambda: session.capture(dispatch)
     hooks.on_fit_start(run)
-    period = validation_period(options.val_check_interval, run.num_batches)
     plan = FitPlan(
         step=dispatch.step,
         totals=totals,
@@ -119,6 +122,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         should_validate=when_to_validate(period, options.check_val_every_n_epoch),
         val_every_n_batches=None if evaluation is None else period,
         fused=dispatch.fused,
+        refuse_stale=functools.partial(refuse_stale, session.module),
     )
     if evaluation is not None and session.record is None:
         _sanity_check(session, evaluation)
@@ -183,7 +187,9 @@ def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]
         chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
         arguments = (*variables, specs_of(spec.resident), chunk, np.int32(0))
         name = "predict step" if is_whole else f"predict step for the last {rows} rows"
-        return session.compile(name, lambda: jax.jit(fn).lower(*arguments).compile())
+        # Traced before the compilation is announced, so that a bad step is found before it.
+        lowered = jax.jit(fn).lower(*arguments)
+        return session.compile(name, lowered.compile)
 
     return PredictPlan(
         step_for=step_for,
@@ -205,13 +211,16 @@ def step_plan(session: Session, batch: Any) -> Plan:
     leaves = jax.tree.leaves(batch)
     if leaves and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves):
         shapes = spec_of(batch if hasattr(leaves[0], "sharding") else as_host_batch(batch))
-        spec = FeedSpec(batch=shapes, fed=shapes, rows=num_rows(shapes, "train"), resident=None)
+        spec = FeedSpec(batch=shapes, fed=shapes, rows=num_rows(shapes, "the batch"), resident=None)
         transform = None
     else:
         spec = session.train_feed(batch).spec
         spec, transform = replace(spec, fed=spec.batch, resident=None), device_transform_of(batch)
-    step = TracedStep(session, spec, transform, 1)
-    compiled = step.lower(step.program.single).compile()
+    try:
+        step = TracedStep(session, spec, transform, 1)
+        compiled = step.lower(step.program.single).compile()
+    finally:
+        thaw(session.module)
     return plan_of(compiled, step.target, spec.rows, session.mesh.size)
 
 
@@ -264,14 +273,19 @@ def _check_first_batch(session: Session, stage: Stage, feed: Feed, program: Prog
 
 def _check_monitors(session: Session, program: Program, evaluation: EvalPlan | None) -> None:
     specs = (*program.specs, *(evaluation.totals.specs if evaluation else ()))
-    series = {spec.name for spec in specs}
+    series = [spec.name for spec in specs]
     for callback in session.hooks.callbacks:
         name = getattr(callback, "monitor", None)
-        # A hook may log it later, so that only what looks like a slip is refused here.
-        hint = "" if name is None or name in series else did_you_mean(name, series)
-        if hint:
+        if name is None or name in series:
+            continue
+        # A hook of the user's may log it later, so that then only a plain slip is refused.
+        same = [s for s in series if s.endswith(f"/{name}") or s == name.replace("_", "/", 1)]
+        close = did_you_mean(name, same or series, 0.9 if session.hooks.may_log else 0.5)
+        close = close or did_you_mean(name, same, 0.0)
+        if close or not session.hooks.may_log:
             raise ConfigError(
-                f"{type(callback).__name__} monitors {name!r}, which no step logs.{hint}"
+                f"{type(callback).__name__} monitors {name!r}, which no step logs; logged: "
+                f"{', '.join(series)}.{close}"
             )
 
 
@@ -283,7 +297,8 @@ def _validate(plan: EvalPlan, run: Run) -> None:
 def _sanity_check(session: Session, plan: EvalPlan) -> None:
     """Run a few validation batches, so that an error there does not wait for an epoch's end."""
     count, run = session.options.num_sanity_val_steps, session.run
-    if count:
+    # What can be read once only is left for the first validation.
+    if count and not getattr(plan.feed.source, "is_one_shot", False):
         session.hooks.on_sanity_check_start(run)
         evaluate(run, plan, run.state.params, run.state.model_state, limit=count)
         session.hooks.on_sanity_check_end(run)

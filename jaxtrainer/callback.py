@@ -199,7 +199,23 @@ _IN_THE_STEP = {
     "on_before_zero_grad": "there are no gradient buffers to clear",
     "on_before_batch_transfer": "transform the batch in the loader",
     "on_after_batch_transfer": "pass `device_transform=` to the loader (`data.on_device`)",
+    "optimizer_step": "write it into an Optax transform in `configure_optimizers`",
+    "lr_scheduler_step": "pass the schedule to the optimizer: `optax.adam(schedule)`",
+    "configure_gradient_clipping": "pass `Trainer(gradient_clip_val=...)`, or chain `optax.clip`",
 }
+_RENAMED = {
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_keyboard_interrupt": "on_exception",
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+    "predict_epoch_end": "on_predict_epoch_end",
+}
+_FOREIGN = {"trainer", "pl_module", "stage"}
+"""Lightning's parameters, by which a hook that was written for it is known."""
 
 
 def no_hook(*_: Any) -> None:
@@ -237,6 +253,13 @@ class CallbackList:
         """Return whether anybody overrides the hook."""
         return bool(self._called[name])
 
+    @property
+    def may_log(self) -> bool:
+        """Whether a user's hook runs while training, and so may log what no step does."""
+        users = [o for o in self._owners if not type(o).__module__.startswith("jaxtrainer.")]
+        hooks = [n for n in HOOKS if n.startswith(("on_train", "on_validation", "on_report"))]
+        return any(_overrides(owner, name) for owner in users for name in hooks)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by `state_key`."""
         states = {c.state_key: c.state_dict() for c in self.callbacks}
@@ -266,34 +289,60 @@ def _in_turn(name: str, calls: list[Callable[..., Any]]) -> Callable[..., Any]:
         results = [call(*args) for call in calls]
         return -1 if -1 in results else None
 
-    return call_all
+    def call_every(*args: Any) -> None:
+        errors = []
+        for call in calls:
+            try:
+                call(*args)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    # What cleans up runs also when what comes before it fails.
+    return call_every if name in ("on_exception", "teardown") else call_all
 
 
 def check_hooks(owner: object) -> None:
     """Raise ConfigError for a misspelt hook, or one whose parameters do not fit."""
-    name_of = type(owner).__name__
-    for name in dir(type(owner)):
-        if name in _IN_THE_STEP:
-            raise ConfigError(
-                f"{name_of}.{name} has no counterpart here, because the whole step is one "
-                f"compiled program: {_IN_THE_STEP[name]}."
-            )
-        if name.startswith("on_") and name not in HOOKS:
-            hint = did_you_mean(name, HOOKS, cutoff=0.8)
-            if hint:
-                raise ConfigError(f"{name_of}.{name} is not a hook and is never called.{hint}")
-        if name in HOOKS and _overrides(owner, name):
-            _check_signature(owner, name)
+    for name in sorted({*dir(type(owner)), *vars(owner)}):
+        if name in HOOKS:
+            if _overrides(owner, name):
+                _check_parameters(owner, name)
+        elif why := _why_not_called(name):
+            raise ConfigError(f"{type(owner).__name__}.{name} is never called{why}")
 
 
-def _check_signature(owner: object, name: str) -> None:
-    wanted = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
-    hook = getattr(owner, name)
+def _why_not_called(name: str) -> str:
+    """Return what is wrong with a method that looks like a hook, or an empty string."""
+    if name in _IN_THE_STEP:
+        return f", because the whole step is one compiled program: {_IN_THE_STEP[name]}."
+    if name in _RENAMED or (name.endswith(("_start", "_end")) and f"on_{name}" in HOOKS):
+        return f"; the hook is `{_definition(_RENAMED.get(name, f'on_{name}'))}`."
+    if not name.startswith("on_"):
+        return ""
+    hint = did_you_mean(name.replace("_val_", "_validation_"), HOOKS, cutoff=0.8)
+    return f": it is not a hook.{hint}" if hint else ""
+
+
+def _check_parameters(owner: object, name: str) -> None:
+    signature = inspect.signature(getattr(owner, name))
+    got = list(signature.parameters)
     try:
-        inspect.signature(hook).bind(*wanted)
+        signature.bind(*_parameters(name))
+        fits = _FOREIGN.isdisjoint(got)
     except TypeError:
-        got = ", ".join(["self", *inspect.signature(hook).parameters])
+        fits = False
+    if not fits:
         raise ConfigError(
-            f"{type(owner).__name__}.{name}({got}) does not fit; "
-            f"write `def {name}({', '.join(['self', *wanted])})`."
-        ) from None
+            f"{type(owner).__name__}.{name}({', '.join(['self', *got])}) does not fit; write "
+            f"`{_definition(name)}`."
+        )
+
+
+def _parameters(name: str) -> list[str]:
+    return list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+
+
+def _definition(name: str) -> str:
+    return f"def {name}({', '.join(['self', *_parameters(name)])})"

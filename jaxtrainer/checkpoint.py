@@ -197,14 +197,23 @@ def restore_state(path: Path, target: TrainState) -> TrainState:
         CheckpointMismatchError: If trees, shapes or dtypes differ, with every difference.
         CheckpointError: If the files are damaged.
     """
+    items = restore_items(path, _items(target))
+    return target._replace(**items, **_restore_small(read_record(path)["device"], target))
+
+
+def check_state(path: Path, target: TrainState) -> None:
+    """Compare a checkpoint with the state that is to be restored; reads no array.
+
+    Raises:
+        CheckpointMismatchError: If trees, shapes or dtypes differ, with every difference.
+    """
+    _compare(path, {name: getattr(target, name) for name in ITEMS})
     saved = read_record(path)["device"]
     if len(saved["totals"][0]) != target.totals.shape[1]:
         raise CheckpointMismatchError(
             f"{path} was saved with {len(saved['totals'][0])} logged metrics, now there are "
             f"{target.totals.shape[1]}: the epoch's totals would be mixed up. Log the same names."
         )
-    items = restore_items(path, _items(target))
-    return target._replace(**items, **_restore_small(saved, target))
 
 
 def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +222,8 @@ def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     Arguments and errors as in `restore_state`.
     """
     ocp = _orbax()
-    wanted = {name: item for name, item in wanted.items() if jax.tree.leaves(item)}
     _compare(path, wanted)
+    wanted = {name: item for name, item in wanted.items() if jax.tree.leaves(item)}
     args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
     with _failing_as(f"reading {path}"), _reader() as reader:
         return dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
@@ -263,11 +272,11 @@ def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
     with _failing_as(f"reading {path}"), _reader() as reader:
         found = reader.metadata(path).item_metadata
     for name, item in wanted.items():
-        saved = found.get(name)
-        if saved is None:
-            lines.append(f"{name}: not in the checkpoint")
+        saved, here = _table(found.get(name)), _table(item)
+        if name == "accumulated" and bool(saved) != bool(here):
+            lines.append(f"{name}: saved {'with' if saved else 'without'} accumulate_grad_batches")
         else:
-            lines += _differences(name, _table(saved), _table(item))
+            lines += _differences(name, saved, here)
     if lines:
         raise CheckpointMismatchError(
             f"{path} was saved by another model or optimiser:\n  " + "\n  ".join(lines)
@@ -301,7 +310,10 @@ def _probe(directory: Path) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise RunDirError(f"cannot write in {directory}: {error}") from error
+        raise RunDirError(
+            f"cannot write in {directory} ({error}); pass `Checkpoint` a directory that can be "
+            "written, or made."
+        ) from error
 
 
 def _reader() -> Any:

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxtrainer.data import IndexedSource, Source, as_host_batch, check_spec, num_rows, spec_of
+from jaxtrainer.data import (
+    WHY_EMPTY,
+    IndexedSource,
+    Source,
+    as_host_batch,
+    check_spec,
+    num_rows,
+    spec_of,
+)
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.types import PyTree
 
@@ -101,17 +109,19 @@ class IndexedChunks:
         self.gathers = gathers
         self._loader = source.loader
         self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
-        rows = self._loader.batch_indices(0)[: self._loader.batch_size]
-        self.first = as_host_batch(source.gather(rows))
+        # An epoch of fewer samples than one batch is one smaller batch.
+        self._batch = min(self._loader.batch_size, self._num_samples)
+        local = self._loader.local_rows(self._loader.batch_indices(0)[None, : self._batch])
+        self.first = as_host_batch(source.gather(local[0]))
         self.spec = spec_of(self.first)
-        self.rows = num_rows(self.first, options.stage)
-        has_ragged = len(self._loader) * self.rows > self._num_samples
-        self.ragged_rows = self._num_samples % self.rows if has_ragged else 0
+        self.rows = num_rows(self.first, f"{options.stage} batch 0")
+        has_ragged = len(self._loader) * self._batch > self._num_samples
+        self.ragged_rows = self._num_samples % self._batch if has_ragged else 0
 
     @property
     def num_batches(self) -> int | None:
         """See `Chunks`."""
-        length = self._num_samples // self.rows + bool(self.ragged_rows and self.options.keep_ragged)
+        length = self._num_samples // self._batch + bool(self.ragged_rows and self.options.keep_ragged)
         return length if self.options.limit is None else min(self.options.limit, length)
 
     def limited(self, limit: int | None) -> IndexedChunks:
@@ -120,17 +130,18 @@ class IndexedChunks:
 
     def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
         """See `Chunks.read`."""
-        order, rows = self._loader.batch_indices(epoch), self.rows
+        order, batch = self._loader.batch_indices(epoch), self._batch
         length = self.num_batches or 0
-        whole = min(length, self._num_samples // rows)
+        whole = min(length, self._num_samples // batch)
         for i in range(start, whole, capacity):
             size = min(capacity, whole - i)
-            block = order[i * rows : (i + size) * rows].reshape(size, rows)
+            block = order[i * batch : (i + size) * batch].reshape(size, batch)
             yield self._chunk(block, capacity, is_last=i + size == length)
-        if length > whole:
-            yield self._chunk(order[None, whole * rows :], 1, is_last=True)
+        if length > max(whole, start):
+            yield self._chunk(order[None, whole * batch :], 1, is_last=True)
 
     def _chunk(self, block: np.ndarray, capacity: int, *, is_last: bool) -> HostChunk:
+        block = self._loader.local_rows(block)
         size, rows = block.shape
         if self.gathers:
             arrays = jax.tree.map(lambda a: _gather(a, block, capacity), self._loader.arrays)
@@ -167,13 +178,14 @@ class StackedChunks:
         if first is None:
             raise DataError(
                 f"the {options.stage} loader yielded no batch in epoch {epoch} from batch {start}. "
-                "One that drops its remainder is empty when there are fewer samples than a batch."
+                f"{WHY_EMPTY}"
             )
         # Looked at, but not lost: a loader that can be read once only has no second iterator.
         self._peeked: Iterator[Any] | None = itertools.chain([first], batches)
-        self.first = as_host_batch(first[0])
+        where = f"{options.stage} batch {start} of epoch {epoch}"
+        self.first = as_host_batch(first[0], where)
         self.spec = spec_of(self.first)
-        self.rows = num_rows(self.first, options.stage)
+        self.rows = num_rows(self.first, where)
 
     @property
     def num_batches(self) -> int | None:
@@ -216,11 +228,18 @@ class StackedChunks:
         batches = batches or self._source.open(epoch, start, state)
         limit = self.options.limit
         limit = None if limit is None else max(limit - start, 0)
-        for i, (batch, after) in enumerate(itertools.islice(batches, limit)):
-            where = f"{self.options.stage} batch {start + i} of epoch {epoch}"
-            batch = as_host_batch(batch)
-            whole = check_spec(batch, self.spec, where)
-            yield _Read(batch, self.rows if whole else num_rows(batch, where), after)
+        where = f"{self.options.stage} batch {start} of epoch {epoch}"
+        try:
+            for i, (batch, after) in enumerate(itertools.islice(batches, limit), start):
+                host = as_host_batch(batch, where)
+                whole = check_spec(host, self.spec, where)
+                yield _Read(host, self.rows if whole else num_rows(host, where), after)
+                where = f"{self.options.stage} batch {i + 1} of epoch {epoch}"
+        except DataError:
+            raise
+        except Exception as error:
+            error.add_note(f"while reading {where}")
+            raise
 
     def _chunk(self, group: list[_Read], capacity: int, *, is_last: bool) -> HostChunk:
         rows = group[0].rows

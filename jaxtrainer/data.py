@@ -7,8 +7,9 @@ Imports `errors` and `types` only.
 from __future__ import annotations
 
 import itertools
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -29,19 +30,22 @@ def from_arrays(
     drop_remainder: bool = False,
     device_transform: Callable[[PyTree], PyTree] | None = None,
     device_resident: bool | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Any:
     """Return a Grain `MapDataset` of batches gathered from arrays in memory.
 
     Args:
         arrays: Pytree of `[num_samples, ...]` arrays. Keep them small (uint8 images): what
             travels to the device is what is stored here.
-        batch_size: Rows of a batch.
+        batch_size: Rows of a batch, those of all processes together.
         shuffle: Draw a new permutation each epoch, from `seed` and the epoch.
         seed: Seed of the permutations.
         drop_remainder: Leave out a last batch that is not full.
         device_transform: Traced into the compiled step: cast, normalise, augment there.
         device_resident: Put the arrays on the device whole, so that only row indices travel.
             None does so up to 1 GiB. Order and position in the data are the same either way.
+        shard: `(index, count)`: the part of each batch that this process reads, of the same global
+            order for any count. None takes JAX's process index and count.
 
     Raises:
         DataError: If the arrays differ in length, or make no batch.
@@ -61,6 +65,7 @@ def from_arrays(
         drop_remainder=drop_remainder,
         device_transform=device_transform,
         device_resident=device_resident,
+        shard=shard or (jax.process_index(), jax.process_count()),
     )
 
 
@@ -141,24 +146,27 @@ class MapSource:
 
 
 class IterableSource:
-    """Any other iterable: Grain's `IterDataset` and `DataLoader`, lists, PyTorch loaders."""
+    """Any other iterable: Grain's `IterDataset` and `DataLoader`, lists, PyTorch loaders.
+
+    Attributes:
+        is_one_shot: Whether it was found, when opened, to be an iterator: there is no second one.
+    """
 
     def __init__(self, loader: Iterable[PyTree]) -> None:
         self.loader = loader
         self.num_batches = _length(loader)
-        self._is_spent = False
+        self.is_one_shot = False
 
     def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
         """See `Source.open`."""
         iterator = iter(self.loader)
-        if iterator is self.loader:
-            if self._is_spent:
-                raise DataError(
-                    f"the loader is a {type(self.loader).__name__}, which can be read once only, "
-                    "and a second epoch was asked for. Pass something that makes a new iterator "
-                    "each time: a list, a Grain dataset, or an object with `__iter__`."
-                )
-            self._is_spent = True
+        if self.is_one_shot:
+            raise DataError(
+                f"the loader is a {type(self.loader).__name__}, which can be read once only, and "
+                "a second pass over it was asked for. Pass something that makes a new iterator "
+                "each time: a list, a Grain dataset, or an object with `__iter__`."
+            )
+        self.is_one_shot = iterator is self.loader
         if not isinstance(iterator, StatefulIterator):
             yield from ((batch, None) for batch in itertools.islice(iterator, start, None))
             return
@@ -176,23 +184,41 @@ def open_source(loader: Any, stage: str) -> Source:
         DataError: If it cannot be iterated, or has no batches.
     """
     loader = loader.loader if isinstance(loader, OnDevice) else loader
+    if why := _why_no_loader(loader):
+        raise DataError(f"the {stage} loader is {why}")
     if isinstance(loader, IndexedLoader):
         source: Source = IndexedSource(loader)
     elif _is_grain(loader, "MapDataset"):
         source = MapSource(loader)
-    elif hasattr(loader, "__iter__") and not isinstance(loader, dict | str | np.ndarray | jax.Array):
-        source = IterableSource(loader)
     else:
-        raise DataError(
-            f"the {stage} loader is a {type(loader).__name__}, not an iterable of batches. "
-            "For arrays in memory: `data.from_arrays(arrays, batch_size=...)`."
-        )
+        source = IterableSource(loader)
     if source.num_batches == 0:
-        raise DataError(
-            f"the {stage} loader has no batches. A loader that drops its remainder is empty when "
-            "there are fewer samples than one batch: use a smaller batch size."
-        )
+        raise DataError(f"the {stage} loader has no batches. {WHY_EMPTY}")
     return source
+
+
+WHY_EMPTY = (
+    "One that drops its remainder is empty when there are fewer samples than a batch: use a "
+    "smaller batch size."
+)
+
+
+def _why_no_loader(loader: Any) -> str:
+    """Return what is wrong with something that cannot be a loader, or an empty string."""
+    from_arrays = "for arrays in memory write `data.from_arrays(arrays, batch_size=...)`."
+    if isinstance(loader, type):
+        return f"the class {loader.__name__}; make one: `{loader.__name__}(...)`."
+    if isinstance(loader, jax.Array | np.ndarray):
+        return f"an array, expected an iterable of batches; {from_arrays}"
+    if isinstance(loader, list | tuple) and all(isinstance(x, np.ndarray) for x in loader):
+        shapes = [list(x.shape) for x in loader]
+        if any(shape[1:] != shapes[0][1:] for shape in shapes):
+            return f"arrays of shapes {shapes}, expected an iterable of batches; {from_arrays}"
+    if hasattr(loader, "__iter__") and not isinstance(loader, Mapping | str | bytes):
+        return ""
+    if callable(loader) and not hasattr(loader, "__iter__"):
+        return f"a {type(loader).__name__}, expected an iterable of batches; call it."
+    return f"of type {type(loader).__name__}, expected an iterable of batches; {from_arrays}"
 
 
 def device_transform_of(loader: Any) -> Callable[[PyTree], PyTree] | None:
@@ -203,8 +229,10 @@ def device_transform_of(loader: Any) -> Callable[[PyTree], PyTree] | None:
     return next(filter(None, map(device_transform_of, parents)), transform)
 
 
-def as_host_batch(batch: PyTree) -> PyTree:
+def as_host_batch(batch: PyTree, where: str = "batch") -> PyTree:
     """Return the batch with NumPy leaves, 64-bit numbers narrowed to what JAX computes in.
+
+    `where` is the batch's name, for messages.
 
     Raises:
         DataError: For a leaf that is no number, naming it.
@@ -216,8 +244,8 @@ def as_host_batch(batch: PyTree) -> PyTree:
         array = np.asarray(leaf)
         if array.dtype.kind in "OUSMm":
             raise DataError(
-                f"batch leaf {leaf_name(path)} has dtype {array.dtype}, which no device can hold; "
-                "drop or encode it in the loader."
+                f"{where}: leaf {leaf_name(path)} has dtype {array.dtype}, which no device can "
+                "hold; drop or encode it in the loader."
             )
         return array.astype(_NARROW.get(array.dtype.name, array.dtype), copy=False)
 
@@ -229,24 +257,28 @@ def spec_of(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
-def num_rows(batch: PyTree, stage: str) -> int:
+def num_rows(batch: PyTree, where: str) -> int:
     """Return the number of samples in a batch: the leading axis that its leaves share.
 
+    `where` is the batch's name, for messages.
+
     Raises:
-        DataError: If there are no arrays, or their leading axes differ.
+        DataError: If there are no arrays or no samples, or the leading axes differ.
     """
     flat = jax.tree_util.tree_flatten_with_path(batch)[0]
     if not flat:
-        raise DataError(f"the first {stage} batch has no arrays: {batch!r}")
-    rows = {leaf_name(path): (leaf.shape[0] if leaf.shape else None) for path, leaf in flat}
-    shared, *others = set(rows.values())
-    if others or shared is None:
-        found = ", ".join(f"{name}: {n}" for name, n in rows.items())
         raise DataError(
-            f"the leaves of a {stage} batch must share their leading axis, the samples; "
+            f"{where} has no arrays, got {reprlib.repr(batch)}; expected a pytree of arrays, e.g. "
+            "`{'image': images, 'label': labels}`."
+        )
+    shared, *others = {leaf.shape[:1] for _, leaf in flat}
+    if others or shared in ((), (0,)):
+        found = ", ".join(f"{leaf_name(path)}: {_shown(leaf)}" for path, leaf in flat)
+        raise DataError(
+            f"{where}: expected leaves that share their first axis, the samples, at least one; "
             f"got {found}."
         )
-    return shared
+    return shared[0]
 
 
 def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:
@@ -260,21 +292,35 @@ def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:
     got, treedef = jax.tree.flatten(batch)
     want, wanted_def = jax.tree.flatten(spec)
     if treedef != wanted_def:
-        raise BatchSpecError(
-            f"{where} has another structure than the first: expected {wanted_def}, got {treedef}."
-        )
+        raise BatchSpecError(f"{where} has another structure than the first batch: "
+                             f"{_difference(batch, spec)}.")
     if all(g.shape == w.shape and g.dtype == w.dtype for g, w in zip(got, want, strict=True)):
         return True
     paths = [leaf_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(spec)[0]]
     for name, g, w in zip(paths, got, want, strict=True):
         same_rest = g.shape[1:] == w.shape[1:] and len(g.shape) == len(w.shape)
         if g.dtype != w.dtype or not same_rest or g.shape[0] > w.shape[0]:
+            hint = "dtype; cast" if g.dtype != w.dtype else "shape; pad or crop"
             raise BatchSpecError(
-                f"{where}: leaf {name} differs from the first batch: "
-                f"expected {w.dtype}{list(w.shape)}, got {g.dtype}{list(g.shape)}. "
-                "The compiled step takes one shape; pad or crop in the loader."
+                f"{where}: leaf {name} differs from the first batch: expected {_shown(w)}, got "
+                f"{_shown(g)}. The compiled step takes one {hint} in the loader."
             )
     return False
+
+
+def _difference(batch: PyTree, spec: PyTree) -> str:
+    got, want = (
+        {leaf_name(p): _shown(leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        for tree in (batch, spec)
+    )
+    missing = [f"{name} ({want[name]}) is missing" for name in want if name not in got]
+    new = [f"{name} ({got[name]}) is new" for name in got if name not in want]
+    types = [f"expected {jax.tree.structure(spec)}, got {jax.tree.structure(batch)}"]
+    return ", ".join(missing + new or types)
+
+
+def _shown(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def leaf_name(path: Any) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, answered at the next boundary of the loop.
+"""Ctrl-C and SIGTERM as a request to stop training, answered at the next boundary of the loop.
 
 Imports `run` only.
 """
@@ -19,7 +19,8 @@ class Interrupts:
     """Context in which the first signal stops the run, and the second one ends it at once.
 
     An asynchronous KeyboardInterrupt could arrive between a dispatch and the assignment of its
-    result, and lose the donated state; a flag cannot.
+    result, and lose the donated state; a flag cannot. Outside `fit` there is no state to lose,
+    and signals do what they always do.
 
     Attributes:
         received: The signal that stopped the run, or None.
@@ -32,7 +33,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         # Python delivers signals to the main thread; elsewhere handlers may not be set.
-        if threading.current_thread() is threading.main_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and self.run.stage == "fit":
             self._before = {s: signal.signal(s, self._handle) for s in _SIGNALS}
         return self
 

@@ -125,13 +125,12 @@ def _stack(values: Mapping[str, Array]) -> Array:
 
 
 def _scalar(name: str, value: Any, what: str) -> Array:
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
+    array = as_array(value)
+    if array is None:
         raise LogError(
             f"log({name!r}) got a {type(value).__name__} as its {what}; pass a scalar: a number or "
             "an array of shape ()."
-        ) from None
+        )
     if array.size != 1:
         raise LogError(
             f"log({name!r}) got a {what} of shape {array.shape}; it records scalars: "
@@ -140,6 +139,16 @@ def _scalar(name: str, value: Any, what: str) -> Array:
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise LogError(f"log({name!r}) got a complex {what}; log its real part or modulus.")
     return array.reshape(()).astype(jnp.float32)
+
+
+def as_array(value: Any) -> Array | None:
+    """Return a number or array as a JAX array; None for anything else."""
+    if isinstance(value, str | bytes | list | tuple):
+        return None
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def host_scalar(name: str, value: Any) -> float:

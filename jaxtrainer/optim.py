@@ -24,15 +24,27 @@ def parse_optimizer(returned: Any, owner: str) -> optax.GradientTransformationEx
     """
     if isinstance(returned, optax.GradientTransformation):
         return optax.with_extra_args_support(returned)
-    hint = "return e.g. `optax.adam(1e-3)`"
-    if isinstance(returned, tuple | list | Mapping):
-        hint = "a schedule is part of its optimizer: return e.g. `optax.adam(optax.cosine_decay_schedule(1e-3, steps))`"
-    elif type(returned).__name__ == "Optimizer":
-        hint = "the trainer keeps its state itself: return the Optax transformation alone"
+    kind = "None" if returned is None else f"an object of type {type(returned).__name__}"
     raise ConfigError(
-        f"{owner}.configure_optimizers returned a {type(returned).__name__}, expected an "
-        f"`optax.GradientTransformation`; {hint}."
+        f"{owner}.configure_optimizers returned {kind}, expected an "
+        f"`optax.GradientTransformation`; {_instead(returned)}."
     )
+
+
+def _instead(returned: Any) -> str:
+    if isinstance(returned, tuple | list | Mapping):
+        values = returned.values() if isinstance(returned, Mapping) else returned
+        if sum(isinstance(x, optax.GradientTransformation) for x in values) > 1:
+            return "for several, each with its own parameters, return an `optax.partition(...)`"
+        return (
+            "a schedule is part of its optimizer: return e.g. "
+            "`optax.adam(optax.cosine_decay_schedule(1e-3, steps))`"
+        )
+    if type(returned).__name__ == "Optimizer":
+        return "the trainer keeps its state itself: return the transformation alone, without params"
+    if callable(returned):
+        return "call it: return e.g. `optax.adam(1e-3)`, or `optax.adam(schedule)`"
+    return "return e.g. `optax.adam(1e-3)`"
 
 
 def clip(grads: PyTree, limit: float, algorithm: str) -> tuple[PyTree, Array | None]:
@@ -48,6 +60,6 @@ def clip(grads: PyTree, limit: float, algorithm: str) -> tuple[PyTree, Array | N
     """
     if algorithm == "value":
         return jax.tree.map(lambda g: jnp.clip(g, -limit, limit), grads), None
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm

@@ -41,13 +41,18 @@ class Options:
     clock: Clock
 
     def __post_init__(self) -> None:
-        for name in ("log_every_n_steps", "check_val_every_n_epoch", "accumulate"):
-            check_count(name, getattr(self, name))
-        check_count("seed", self.seed, 0)
+        check_count("log_every_n_steps", self.log_every_n_steps)
+        check_count("check_val_every_n_epoch", self.check_val_every_n_epoch)
+        check_count("accumulate_grad_batches", self.accumulate)
         check_count("num_sanity_val_steps", self.num_sanity_val_steps, 0)
+        if check_count("seed", self.seed, 0) >= 2**32:
+            raise ConfigError(f"seed must be below 2**32, got {self.seed!r}.")
         check_steps_per_dispatch(self.steps_per_dispatch)
-        if self.clip_value is not None and not self.clip_value > 0:
-            raise ConfigError(f"gradient_clip_val must be above 0, got {self.clip_value!r}.")
+        if self.clip_value is not None and not _is_positive(self.clip_value):
+            raise ConfigError(
+                f"gradient_clip_val must be a number above 0, or None for no clipping, got "
+                f"{self.clip_value!r}."
+            )
         if self.clip_algorithm not in ("norm", "value"):
             raise ConfigError(
                 f"gradient_clip_algorithm={self.clip_algorithm!r}: use 'norm' or 'value'."
@@ -61,10 +66,15 @@ def check_limits(limits: Limits) -> None:
             "nothing says when training ends; pass `Trainer(max_epochs=...)`, `max_steps=...` or "
             "`max_time=...`."
         )
-    for name in ("max_epochs", "max_steps", "min_epochs", "min_steps"):
-        value = getattr(limits, name)
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{name} must be an integer of at least 0, got {value!r}.")
+    for unit in ("epochs", "steps"):
+        least = check_count(f"min_{unit}", getattr(limits, f"min_{unit}"), 0)
+        most = getattr(limits, f"max_{unit}")
+        if most is not None and least > check_count(f"max_{unit}", most, 0):
+            raise ConfigError(f"min_{unit}={least} is more than max_{unit}={most}.")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
@@ -94,7 +104,10 @@ def batch_limit(name: str, limit: int | float | None, num_batches: int | None) -
     if isinstance(limit, int):
         return limit
     if limit > 1.0:
-        raise ConfigError(f"{name}={limit} is a fraction above 1; for batches pass an integer.")
+        raise ConfigError(
+            f"{name}={limit} is a fraction above 1; for a number of batches pass an integer: "
+            f"`{name}={int(limit)}`."
+        )
     if num_batches is None:
         raise ConfigError(
             f"{name}={limit} is a fraction of a loader without a length; pass a number of batches."

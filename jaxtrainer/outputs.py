@@ -1,6 +1,6 @@
 """What a user's step returned, checked while it is traced.
 
-May import `errors` and `types`.
+May import levels 0 and 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxtrainer.errors import StepError
+from jaxtrainer.metrics import as_array
 from jaxtrainer.types import Array, PyTree
 
 _MAX_LEAVES = 8
@@ -21,7 +22,7 @@ _MAX_LEAVES = 8
 
 
 def step_outputs(returned: Any, where: str, *, training: bool) -> dict[str, Any]:
-    """Return what a step returned as a dict, in which `"loss"`, if any, is a float32 scalar.
+    """Return what a step returned as a dict; a `"loss"` in it is a float32 scalar.
 
     Args:
         returned: The loss, a dict, or None from an evaluation step.
@@ -31,70 +32,61 @@ def step_outputs(returned: Any, where: str, *, training: bool) -> dict[str, Any]
     Raises:
         StepError: With the corrected `return`.
     """
-    if isinstance(returned, Mapping):
-        outputs = dict(returned)
-        if training and "loss" not in outputs:
-            keys = ", ".join(map(repr, outputs)) or "none"
-            raise StepError(
-                f"{where} returned a dict without 'loss' (keys: {keys}); return "
-                "`{'loss': loss, ...}`."
-            )
-    elif returned is None and not training:
+    if returned is None and not training:
         return {}
-    else:
-        outputs = {"loss": returned}
+    if not isinstance(returned, Mapping):
+        return {"loss": _loss(returned, f"{where} returned", training)}
+    outputs = dict(returned)
     if "loss" in outputs:
-        what = "a dict with a loss" if isinstance(returned, Mapping) else "a loss"
-        outputs["loss"] = _loss(outputs["loss"], f"{where} returned {what}", training)
+        outputs["loss"] = _loss(outputs["loss"], f"{where} returned a dict with 'loss':", training)
+    elif training:
+        keys = ", ".join(map(repr, outputs)) or "none"
+        raise StepError(
+            f"{where} returned a dict without 'loss' (keys: {keys}); {_expected(training)}."
+        )
     return outputs
 
 
 def _loss(loss: Any, what: str, training: bool) -> Array:
-    hint = (
-        "return the scalar loss, or a dict with it: `return {'loss': loss, 'logits': logits}`"
-        if training
-        else "return a dict, e.g. `{'loss': loss, 'logits': logits}`, or nothing"
-    )
-    try:
-        array = None if isinstance(loss, list | tuple) else jnp.asarray(loss)
-    except (TypeError, ValueError):
-        array = None
+    array = as_array(loss)
     if array is None:
-        raise StepError(f"{what} that is {_kind(loss)}; {hint}.")
+        raise StepError(f"{what} {_kind(loss)}; {_expected(training)}.")
+    got = f"{what} {array.dtype}{list(array.shape)}"
     if array.shape != ():
-        raise StepError(
-            f"{what} of shape {array.shape}; reduce it to a scalar: `return loss.mean()`."
-            if training
-            else f"{what} of shape {array.shape}; {hint}."
-        )
+        hint = "reduce it: `loss.mean()`" if training else "log it, or return it under another key"
+        raise StepError(f"{got}, expected a scalar loss; {hint}.")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise StepError(f"{got}, expected a real loss; take a part of it: `loss.real`.")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise StepError(
-            f"{what} of dtype {array.dtype}, expected a real floating-point one, which has a "
-            "gradient; make it from logits, not from their `argmax`, and take the real part of "
-            "complex numbers."
+            f"{got}, expected a floating-point loss, which has a gradient; make it from the "
+            "logits, not from their `argmax` or a comparison."
         )
     if training and not isinstance(loss, Tracer):
         raise StepError(
-            f"{what} that is the constant {loss!r}, which has no gradient; compute it with "
+            f"{what} the constant {loss!r}, which has no gradient; compute the loss with "
             "`jax.numpy` from `model` and `batch`."
         )
     return array.astype(jnp.float32)
 
 
+def _expected(training: bool) -> str:
+    if training:
+        return "write `return loss`, or `return {'loss': loss, 'logits': logits}`"
+    return "return a dict, e.g. `{'loss': loss, 'logits': logits}`, or nothing"
+
+
 def batch_weight(outputs: Mapping[str, Any], where: str, default: float) -> Array:
     """Return the weight of the batch under gradient accumulation: `[]`, float32."""
     given = outputs.get("weight", default)
-    try:
-        weight = jnp.asarray(given)
-    except (TypeError, ValueError):
-        raise StepError(f"{where} returned a 'weight' that is {_kind(given)}; {_WEIGHT}.") from None
-    if weight.shape != () or jnp.issubdtype(weight.dtype, jnp.complexfloating):
-        shape = f"{weight.dtype}{list(weight.shape)}"
-        raise StepError(f"{where} returned a 'weight' {shape}; {_WEIGHT}.")
+    weight = as_array(given)
+    if weight is None or weight.shape != () or weight.dtype.kind == "c":
+        got = _kind(given) if weight is None else f"{weight.dtype}{list(weight.shape)}"
+        raise StepError(
+            f"{where} returned a dict with 'weight': {got}; it is one number for the whole batch, "
+            "e.g. `mask.sum()`."
+        )
     return weight.astype(jnp.float32)
-
-
-_WEIGHT = "it is one number for the whole batch, e.g. `mask.sum()`"
 
 
 def check_predictions(predictions: PyTree, where: str) -> None:
@@ -110,7 +102,7 @@ def check_predictions(predictions: PyTree, where: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -73,8 +74,8 @@ class Session:
         self._init: Initializer | None = None
         if self.record is not None and stage == "fit":
             self._resume(self.record)
-        if options.cache_dir is not None:
-            use_compilation_cache(options.cache_dir)
+        if options.cache_dir is not None and not use_compilation_cache(options.cache_dir):
+            self.run.notice(f"no cache of compiled programs: {options.cache_dir} is not writable")
 
     def __enter__(self) -> Session:
         self.interrupts.__enter__()
@@ -97,14 +98,14 @@ class Session:
         for feed in self._feeds:
             feed.close()
         thaw(self.module)
-        try:
+        # Last in, first out; each runs also when the one before it fails.
+        with ExitStack() as cleanup:
+            cleanup.callback(self.interrupts.__exit__, kind, error, trace)
+            cleanup.callback(self.hooks.teardown, run)
+            cleanup.callback(self._keep_model)
             if error is not None and not isinstance(error, GeneratorExit):
                 error.add_note(f"in {run.stage}, epoch {run.epoch}, step {run.global_step}")
                 self.hooks.on_exception(run, error)
-        finally:
-            self._keep_model()
-            self.hooks.teardown(run)
-            self.interrupts.__exit__(kind, error, trace)
 
     @property
     def initializer(self) -> Initializer:

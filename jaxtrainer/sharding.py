@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrainer.errors import ConfigError
+from jaxtrainer.errors import ConfigError, did_you_mean
 from jaxtrainer.types import PyTree
 
 DATA_AXES = ("data", "fsdp")
@@ -29,7 +29,12 @@ def build_mesh(mesh: Mapping[str, int] | Mesh | None) -> Mesh:
     """
     if isinstance(mesh, Mesh):
         return mesh
+    if not isinstance(mesh, Mapping | None):
+        raise ConfigError(f"mesh={mesh!r}: pass axis sizes, `mesh={{'data': 2}}`, or a Mesh.")
     sizes = dict(mesh or {"data": -1})
+    for axis in sizes:
+        if axis not in DATA_AXES and (hint := did_you_mean(axis, DATA_AXES)):
+            raise ConfigError(f"mesh={sizes} divides no batch: no axis is called {axis!r}.{hint}")
     devices = jax.devices()
     fixed = int(np.prod([n for n in sizes.values() if n != -1]))
     if list(sizes.values()).count(-1) > 1 or fixed < 1 or len(devices) < fixed:
@@ -80,5 +85,9 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
 
 
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Put a pytree of host arrays on the devices."""
+    """Put a pytree of host arrays on the devices; of several processes each gives its rows."""
+    if jax.process_count() > 1:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+        )
     return jax.device_put(tree, sharding)

@@ -65,8 +65,21 @@ class Adapter(Protocol):
 
 
 def adapter_for(model: Any) -> Adapter:
-    """Return the adapter for an `nnx.Module` or for any other pytree with arrays."""
-    return NNXAdapter() if isinstance(model, nnx.Module) else PytreeAdapter()
+    """Return the adapter for an `nnx.Module` or for any other pytree with arrays.
+
+    Raises:
+        ConfigError: For `nnx.Module`s in a plain dict, list or tuple.
+    """
+    if isinstance(model, nnx.Module):
+        return NNXAdapter()
+    leaves = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, nnx.Module))
+    if any(isinstance(leaf, nnx.Module) for leaf in leaves):
+        # As a pytree it would train BatchNorm's statistics, and never be in evaluation mode.
+        raise ConfigError(
+            f"the model is a {type(model).__name__} of `nnx.Module`s; make it one module: "
+            "`return nnx.Dict(generator=..., critic=...)`, or `nnx.List([...])`."
+        )
+    return PytreeAdapter()
 
 
 class NNXAdapter:
@@ -79,8 +92,8 @@ class NNXAdapter:
         self._params, self._rest = _Layout(params), _Layout(rest)
         if not self._params.names:
             raise ConfigError(
-                f"the model is a {type(model).__name__} without an `nnx.Param`: there is nothing "
-                "to train. Return a model with e.g. an `nnx.Linear` from `configure_model`."
+                f"the model is of type {type(model).__name__}, without an `nnx.Param`: there is "
+                "nothing to train. Return a model with e.g. an `nnx.Linear` from `configure_model`."
             )
         return self._params.to_dict(params), self._rest.to_dict(rest)
 
@@ -252,9 +265,9 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _described(model: Any) -> str:
-    if isinstance(model, type) or callable(model) and hasattr(model, "__name__"):
-        return f"the {'class' if isinstance(model, type) else 'function'} {model.__name__}"
-    return f"a {type(model).__name__}"
+    if isinstance(model, type):
+        return f"the class {model.__name__},"
+    return f"of type {type(model).__name__},"
 
 
 def _instead(model: Any) -> str:

@@ -29,7 +29,7 @@ from jaxtrainer.outputs import (
     step_outputs,
 )
 from jaxtrainer.precision import Precision
-from jaxtrainer.state import Adapter, Nested, TrainState
+from jaxtrainer.state import Adapter, Nested, TrainState, flat_items
 from jaxtrainer.types import Array, PyTree, Stage
 
 START, STOP, RESET, APPLY = range(4)
@@ -343,9 +343,10 @@ def _like(old: PyTree, new: PyTree) -> PyTree:
 
 
 def _refuse_changed_params(before: Nested, after: Nested, where: str) -> None:
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    if any(b is not a for b, a in pairs):
+    now = dict(flat_items(after))
+    if assigned := [name for name, value in flat_items(before) if now[name] is not value]:
         raise StepError(
-            f"{where} assigned to a parameter; the optimiser's update would overwrite it. Change "
-            "parameters through the loss, or keep what the step assigns in an `nnx.Variable`."
+            f"{where} assigned to the parameters {', '.join(assigned)}; the optimiser's update "
+            "would overwrite them. Change parameters through the loss, or keep what the step "
+            "assigns in an `nnx.Variable`."
         )

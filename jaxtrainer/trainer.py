@@ -10,24 +10,30 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxtrainer.assemble import eval_plan, fit_plan, predict_plan, step_plan
+from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
 from jaxtrainer.callbacks.progress_bar import ProgressBar
-from jaxtrainer.checks import require
 from jaxtrainer.checkpoint import find_checkpoint
+from jaxtrainer.checks import require
 from jaxtrainer.duration import parse_duration
-from jaxtrainer.errors import CheckpointNotFoundError, ConfigError, checks_options
+from jaxtrainer.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    checks_options,
+    did_you_mean,
+)
 from jaxtrainer.loops.evaluate import evaluate
 from jaxtrainer.loops.fit import fit
 from jaxtrainer.loops.predict import predict
 from jaxtrainer.module import TrainModule
-from jaxtrainer.options import Options, check_limits
+from jaxtrainer.options import Options, check_count, check_limits
 from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
 from jaxtrainer.result import FitResult, metrics_table
@@ -78,6 +84,13 @@ class Trainer:
         >>> trainer = Trainer(max_epochs=5, seed=0)
     """
 
+    _elsewhere: ClassVar[dict[str, str]] = {
+        "accelerator": "JAX takes the GPU or TPU it finds; the variable JAX_PLATFORMS chooses.",
+        "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default.",
+        "strategy": "How work is divided is said by `mesh=`.",
+        "enable_checkpointing": "Checkpoints are made by a `Checkpoint` in `callbacks`, if any.",
+    }
+
     @checks_options
     def __init__(
         self,
@@ -109,9 +122,12 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        dev_batches = int(fast_dev_run)
+        dev_batches = check_count(
+            "fast_dev_run", int(fast_dev_run) if isinstance(fast_dev_run, bool) else fast_dev_run, 0
+        )
         if dev_batches:
             max_epochs, max_steps, num_sanity_val_steps = 1, dev_batches, 0
+            min_epochs, min_steps, val_check_interval, check_val_every_n_epoch = 0, 0, None, 1
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
         self.callbacks = _callbacks(callbacks, enable_progress_bar, saves=not dev_batches)
@@ -309,7 +325,12 @@ class Trainer:
     def _find(self, ckpt_path: str | os.PathLike[str] | None) -> Path | None:
         if ckpt_path is None:
             return None
+        if not isinstance(ckpt_path, str | os.PathLike):
+            raise ConfigError(f"ckpt_path={ckpt_path!r}: pass 'last', 'best' or a directory.")
         if ckpt_path not in ("last", "best"):
+            hint = did_you_mean(os.fspath(ckpt_path), ("last", "best"))
+            if hint and not os.path.exists(ckpt_path):
+                raise CheckpointNotFoundError(f"ckpt_path={ckpt_path!r} is no directory.{hint}")
             return find_checkpoint(ckpt_path)
         saver = next((c for c in self.callbacks if isinstance(c, Checkpoint)), None)
         if saver is None:
@@ -323,7 +344,8 @@ class Trainer:
 def _callbacks(
     given: Callback | Iterable[Callback], with_bar: bool, *, saves: bool
 ) -> list[Callback]:
-    callbacks = [given] if isinstance(given, Callback) else list(given)
+    several = isinstance(given, Iterable) and not isinstance(given, str | type)
+    callbacks = list(given) if several else [given]
     for callback in callbacks:
         if not isinstance(callback, Callback):
             hint = f"; write `{callback.__name__}()`" if isinstance(callback, type) else ""
@@ -345,6 +367,5 @@ def _cache_dir(option: str | os.PathLike[str] | bool | None) -> Path | None:
     if option is False:
         return None
     if option is None or option is True:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(root) / "jaxtrainer" / "xla"
+        return default_directory()
     return Path(option)

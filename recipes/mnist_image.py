@@ -50,9 +50,11 @@ def read_picture(path: Path) -> np.ndarray:
             f"reading {path} needs Pillow; install it with `{sys.executable} -m pip install pillow`"
         ) from None
     try:
-        grey = Image.open(path).convert("L")
+        picture = Image.open(path).convert("RGBA")
     except OSError as error:
         raise ImageError(f"cannot read a picture or a test digit's index: {error}") from None
+    paper = Image.new("RGBA", picture.size, "white")  # behind transparent pixels
+    grey = ImageOps.autocontrast(Image.alpha_composite(paper, picture).convert("L"))
     if np.median(np.asarray(grey)) > 127:  # dark ink on light paper
         grey = ImageOps.invert(grey)
     if grey.size == (28, 28):
@@ -60,8 +62,10 @@ def read_picture(path: Path) -> np.ndarray:
     ink = grey.point(lambda value: 255 * (value > 127)).getbbox()
     if ink is None:
         raise ImageError(f"{path} is blank: no pixel stands out from the background")
-    # In MNIST a digit fills 20 x 20 pixels, in the middle of 28 x 28.
-    return np.asarray(ImageOps.expand(ImageOps.pad(grey.crop(ink), (20, 20)), 4))
+    # As in MNIST: 20 x 20 pixels, placed so that the centre of mass is the middle of 28 x 28.
+    image = np.asarray(ImageOps.expand(ImageOps.pad(grey.crop(ink), (20, 20)), 4))
+    centre = [np.average(index, weights=image) for index in np.indices(image.shape)]
+    return np.roll(image, [round(13.5 - c) for c in centre], axis=(0, 1))
 
 
 def drawing(image: np.ndarray) -> str:

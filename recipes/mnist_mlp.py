@@ -8,8 +8,8 @@
 
 784-128-128-128-10 with tanh; Adam at 1e-3; batches of 256, the remainder dropped. The loss is the
 squared error to one-hot targets, summed over classes, mean over the batch.
-2 CPU cores: compile + epoch 1 in 4 s, later epochs 0.6 s each; test accuracy 0.9xx to 0.9xx over
-seeds 0, 1, 2.
+On 2 CPU cores compile + epoch 1 take about 4 s (1 s once compiled programs are cached), later epochs
+0.6 s each. Test accuracy with seeds 0, 1, 2: 0.9655, 0.9636, 0.9643.
 
 Shapes: B batch, P pixels, H hidden, C classes.
 """
@@ -111,7 +111,8 @@ def train(args):
     trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=callbacks)
     result = trainer.fit(module, train_loader, ckpt_path="last" if args.resume else None)
     if result.stop_reason == "interrupted":
-        print(f"stopped after {result.num_steps} steps; --resume goes on from there")
+        saved = "--resume goes on from there" if result.last_checkpoint else "nothing was saved"
+        print(f"stopped after {result.num_steps} steps; {saved}")
         sys.exit(130)
     if not timer.epoch_times_s:
         print(f"nothing left to train; --epochs {2 * result.num_epochs} goes on")

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,9 @@ def in_tmp_path(tmp_path, monkeypatch):
     """Runs, and programs compiled on the way, are kept nowhere else."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture

@@ -45,13 +45,14 @@ class Accuracy(Callback):
         name: str = "accuracy",
         prog_bar: bool = True,
     ) -> None:
-        if not isinstance(top_k, int) or top_k < 1:
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ConfigError(f"top_k must be a positive integer, got {top_k!r}.")
         self.top_k = top_k
         self.logits = logits
         self.labels = labels
         self.name = name
         self.prog_bar = prog_bar
+        self._classes = 0
 
     @property
     def _bad_name(self) -> str:
@@ -81,6 +82,7 @@ class Accuracy(Callback):
         logits = self._logits(stage, outputs)
         labels = np.asarray(self._labels(batch))
         self._check(logits, labels)
+        self._classes = logits.shape[-1]
         if labels.size and (labels.min() < 0 or labels.max() >= logits.shape[-1]):
             raise DataError(
                 f"Accuracy: the labels of the first {stage} batch run from {labels.min()} to "
@@ -104,8 +106,8 @@ class Accuracy(Callback):
         count = run.metrics.get(series_name(stage, self._bad_name), 0.0)
         if count:
             raise DataError(
-                f"Accuracy: {count:.0f} labels of the {stage} epoch {run.epoch} are out of range; "
-                "they must be 0 to the number of logits less one."
+                f"Accuracy: {count:.0f} labels of the {stage} batches in epoch {run.epoch} are out "
+                f"of range; there are {self._classes} logits, expected 0 to {self._classes - 1}."
             )
 
     def _logits(self, stage: Stage, outputs: Mapping[str, Any]) -> Any:
@@ -116,7 +118,7 @@ class Accuracy(Callback):
         raise ConfigError(
             f"Accuracy needs the logits that {step}_step returns under {self.logits!r}, but it "
             f"returned {found}; return `{{'loss': loss, {self.logits!r}: logits}}`."
-            f"{did_you_mean(self.logits, map(str, outputs))}"
+            f"{did_you_mean(self.logits, [str(key) for key in outputs if key != 'loss'])}"
         )
 
     def _labels(self, batch: PyTree) -> Any:
@@ -131,13 +133,26 @@ class Accuracy(Callback):
         )
 
     def _check(self, logits: Any, labels: Any) -> None:
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise DataError(
-                f"Accuracy needs integer labels, got {labels.dtype}{list(labels.shape)}; for "
-                "one-hot labels: `Accuracy(labels=lambda batch: batch['label'].argmax(-1))`."
+        for what, given in (("logits", logits), ("labels", labels)):
+            if not hasattr(given, "shape"):
+                raise DataError(f"Accuracy needs an array of {what}, got a {type(given).__name__}.")
+        if not jnp.issubdtype(labels.dtype, jnp.integer) or len(labels.shape) != 1:
+            hint = (
+                "for one-hot labels: `Accuracy(labels=lambda batch: batch['label'].argmax(-1))`"
+                if len(labels.shape) > 1
+                else "cast them in the loader: `labels.astype(np.int32)`"
             )
-        if len(logits.shape) != 2 or tuple(labels.shape) != tuple(logits.shape[:1]):
+            raise DataError(
+                "Accuracy needs integer labels of shape [batch], got "
+                f"{labels.dtype}{list(labels.shape)}; {hint}."
+            )
+        if len(logits.shape) != 2 or logits.shape[0] != labels.shape[0]:
             raise DataError(
                 f"Accuracy needs logits [batch, classes] and labels [batch], got "
                 f"{list(logits.shape)} and {list(labels.shape)}."
+            )
+        if self.top_k >= logits.shape[1]:
+            raise ConfigError(
+                f"Accuracy(top_k={self.top_k}) is always right with {logits.shape[1]} classes; "
+                "use a smaller `top_k`."
             )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxtrainer.callback import Callback
 from jaxtrainer.checkpoint import CheckpointStore, find_checkpoint, read_record, saved_steps
-from jaxtrainer.errors import ConfigError, checks_options, did_you_mean
+from jaxtrainer.duration import Duration, parse_duration
+from jaxtrainer.errors import ConfigError, checks_options
 from jaxtrainer.run import Run
 
 _SIGN = {"min": 1.0, "max": -1.0}
@@ -31,10 +31,11 @@ class Checkpoint(Callback):
         save_last: Keep the newest too, whatever its value. Without `monitor` it is all there is.
         every_n_epochs: Save at the end of each n-th epoch; the default, with 1.
         every_n_train_steps: Save every this many optimiser steps instead.
-        train_time_interval: Save when this much time has passed since the last save instead.
+        train_time_interval: Save when this much time has passed since the last save instead: a
+            timedelta, `"DD:HH:MM:SS"` or seconds.
 
     Raises:
-        ConfigError: If more than one trigger is given, or the monitored series does not exist.
+        ConfigError: If more than one trigger is given, or the monitored series looks misspelt.
         RunDirError: If the directory cannot be written, or has checkpoints of another run.
 
     Example:
@@ -54,7 +55,7 @@ class Checkpoint(Callback):
         save_last: bool = True,
         every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
-        train_time_interval: timedelta | None = None,
+        train_time_interval: Duration | None = None,
     ) -> None:
         triggers = (every_n_epochs, every_n_train_steps, train_time_interval)
         if sum(t is not None for t in triggers) > 1:
@@ -63,8 +64,19 @@ class Checkpoint(Callback):
                 "train_time_interval; for several triggers use several Checkpoints, each with its "
                 "own directory."
             )
+        if not isinstance(dirpath, str | os.PathLike):
+            raise ConfigError(f"Checkpoint needs a run directory, got {dirpath!r}.")
         if mode not in ("min", "max"):
             raise ConfigError(f"mode={mode!r}: use 'min' or 'max'.")
+        if not isinstance(save_top_k, int) or save_top_k < -1:
+            raise ConfigError(f"save_top_k must be -1 (all), 0 or more, got {save_top_k!r}.")
+        if save_top_k > 1 and monitor is None:
+            raise ConfigError(
+                f"save_top_k={save_top_k} keeps the best by a series; pass e.g. "
+                "`monitor='val/loss'`, or `save_top_k=-1` to keep all."
+            )
+        if save_top_k == 0 and not save_last:
+            raise ConfigError("save_top_k=0 with save_last=False saves nothing; pass one of them.")
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
@@ -74,8 +86,8 @@ class Checkpoint(Callback):
         self.save_top_k = save_top_k
         self.save_last = save_last
         self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs = every_n_epochs or (1 if not any(triggers) else None)
-        self.interval_s = train_time_interval.total_seconds() if train_time_interval else None
+        self.every_n_epochs = 1 if all(t is None for t in triggers) else every_n_epochs
+        self.interval_s = None if train_time_interval is None else parse_duration(train_time_interval)
         self.scores: dict[int, float] = {}
         self.last_step: int | None = None
         self._store: CheckpointStore | None = None
@@ -119,6 +131,8 @@ class Checkpoint(Callback):
     def setup(self, run: Run) -> None:
         """Open the run directory, before anything compiles."""
         if run.stage == "fit":
+            # Of an earlier call of `fit`; a resumed run gets its own from the checkpoint.
+            self.scores, self.last_step = {}, None
             self._store = CheckpointStore(self.dirpath, resumed_step=run.resumed_step)
 
     def on_fit_start(self, run: Run) -> None:
@@ -196,12 +210,14 @@ class Checkpoint(Callback):
     def _score(self, run: Run) -> float | None:
         if self.monitor is None:
             return None
-        if self.monitor in run.metrics:
-            return run.metrics[self.monitor]
-        raise ConfigError(
-            f"Checkpoint monitors {self.monitor!r}, which was never logged; logged: "
-            f"{', '.join(run.metrics)}.{did_you_mean(self.monitor, run.metrics)}"
-        )
+        if self.monitor not in run.metrics:
+            # A run may end, or save, before its first validation: no reason to lose it.
+            logged = ", ".join(name for name in run.metrics if "/_" not in name) or "nothing"
+            run.notice(
+                f"Checkpoint monitors {self.monitor!r}, which is not logged yet (but {logged}); "
+                "saved without a value"
+            )
+        return run.metrics.get(self.monitor)
 
     def _rank(self, step: int) -> tuple[float, int]:
         """Return a key that is smaller for a better checkpoint; NaN is never better."""

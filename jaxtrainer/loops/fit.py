@@ -38,6 +38,7 @@ class FitPlan:
         should_validate: Whether it is due, asked after every dispatch.
         val_every_n_batches: Dispatches end at its multiples (batches within the epoch).
         fused: Whether `step` runs several batches at once.
+        refuse_stale: Raises if hooks have changed in place what the compiled step had read.
     """
 
     step: Callable[..., Any]
@@ -50,6 +51,7 @@ class FitPlan:
     should_validate: Callable[[Run, bool], bool]
     val_every_n_batches: int | None
     fused: bool
+    refuse_stale: Callable[[], None]
 
 
 def fit(run: Run, plan: FitPlan) -> None:
@@ -67,7 +69,6 @@ def fit(run: Run, plan: FitPlan) -> None:
             _end_epoch(run, plan)
         hooks.on_save_point(run)
         if is_whole:
-            run.num_batches = run.batch_idx if plan.feed.ragged_rows else run.num_batches
             run.next_epoch()
             run.check_limits()
     plan.reporter.finish(run)
@@ -87,6 +88,7 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
         while start < chunk.size:
             if _wants_to_skip(run, plan, chunk, start):
                 _skip_epoch(chunk, chunks)
+                run.is_epoch_end = True
                 return True
             count = min(chunk.size - start, _room(run, plan))
             control, steps = _control(run, chunk, start, count, feed.capacity)
@@ -112,6 +114,8 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
             if run.is_done and not is_last:
                 return False
         if chunk.is_last:
+            # Only now is it known that a loader's last batch was left out.
+            run.num_batches = run.batch_idx if feed.ragged_rows else run.num_batches
             return True
 
 
@@ -181,7 +185,10 @@ def _end_batches(
 
 def _end_epoch(run: Run, plan: FitPlan) -> None:
     plan.reporter.flush(run)
-    with run.timings.phase("device"):
-        totals = np.asarray(run.state.totals)
-    run.record("epoch", plan.totals.compute(totals))
+    # An epoch that was skipped at its start has no means; the totals are still the last one's.
+    if run.batch_idx:
+        with run.timings.phase("device"):
+            totals = np.asarray(run.state.totals)
+        run.record("epoch", plan.totals.compute(totals))
     plan.hooks.on_train_epoch_end(run)
+    plan.refuse_stale()
