@@ -23,11 +23,19 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One stretch of training: seconds an epoch, seconds until the first epoch was over."""
+    """One stretch of training.
+
+    Attributes:
+        epoch_s: Seconds an epoch, the first left out.
+        first_s: Seconds until the first was over; in a process's first block it compiles.
+        loss: Mean over the last epoch.
+        steps_per_dispatch: As chosen; empty where nothing was to choose.
+    """
 
     epoch_s: float
     first_s: float
     loss: float
+    steps_per_dispatch: str = ""
 
 
 Blocks = Mapping[str, Sequence[Block]]
@@ -62,9 +70,8 @@ def rows_of(results: Blocks, steps: int, references: Sequence[str]) -> list[dict
         RuntimeError: If the last losses differ by more than a fifth: then other maths was timed.
     """
     losses = {name: median(b.loss for b in blocks) for name, blocks in results.items()}
-    low, high = min(losses.values()), max(losses.values())
-    # Seeds differ, so the losses do a little; `not` catches NaN as well.
-    if not high <= 1.2 * low:
+    # Seeds differ, so the losses do a little. NaN is not below anything, and so refused.
+    if not all(loss <= 1.2 * min(losses.values()) for loss in losses.values()):
         raise RuntimeError(f"the runs compute different things, their losses are {losses}")
     return [
         {
@@ -72,6 +79,7 @@ def rows_of(results: Blocks, steps: int, references: Sequence[str]) -> list[dict
             "ms/epoch": 1e3 * (epoch_s := median(b.epoch_s for b in blocks)),
             "us/step": 1e6 * epoch_s / steps,
             **{f"/ {ref}": ratio(results, name, ref) for ref in references},
+            "K": "/".join(sorted({b.steps_per_dispatch for b in blocks})),
             "first epoch s": blocks[0].first_s,
             "loss": losses[name],
         }

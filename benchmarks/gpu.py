@@ -81,7 +81,12 @@ def checkpoint_row(size_mb: float, epochs: int) -> dict[str, Any]:
     module = Module(workload)
     with tempfile.TemporaryDirectory() as folder:
         saver = TimedCheckpoint(f"{folder}/run", max(0.5, size_mb / 100))
-        trainer = Trainer(max_epochs=epochs, callbacks=saver, enable_progress_bar=False)
+        trainer = Trainer(
+            max_epochs=epochs,
+            callbacks=saver,
+            enable_progress_bar=False,
+            compilation_cache=False,
+        )
         trainer.fit(module, loader(workload))
     weights = jax.block_until_ready(module.model.params()["w"] + 0)
     began = time.perf_counter()

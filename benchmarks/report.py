@@ -26,12 +26,15 @@ class Report:
         self.tables.append({"title": title, "rows": list(rows), "note": note})
         if self.as_json or not rows:
             return
-        table = Table(title=title, caption=note or None, title_justify="left")
+        table = Table()
         for column in rows[0]:
             table.add_column(column, justify="left" if column == next(iter(rows[0])) else "right")
         for row in rows:
             table.add_row(*(_cell(value) for value in row.values()))
-        Console(width=120).print(table)
+        console = Console(width=120)
+        console.print(title, style="bold")
+        console.print(table)
+        console.print(note + "\n" if note else "")
 
     def finish(self) -> None:
         facts = machine()

@@ -139,7 +139,8 @@ def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
     def build(rows: int) -> Program:
         batches = capacity if rows == feed.rows else 1
         options = _step_options(session, spec, transform, batches)
-        return build_eval_step(options, stage, *variables, batch_spec(spec, mesh, rows))
+        batch = batch_spec(spec, mesh, rows)
+        return build_eval_step(options, stage, variables[0], variables[1], batch)
 
     whole = build(feed.rows)
     _check_first_batch(session, stage, feed, whole)

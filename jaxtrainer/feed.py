@@ -217,7 +217,7 @@ class Feed:
         waited = False
         while self._in_flight.qsize() > 2:
             token = self._in_flight.get()
-            waited = waited or not token.is_ready()
+            waited = waited or not token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             token.block_until_ready()
         return waited
 

@@ -122,10 +122,11 @@ class Session:
             specs = {"params": init.params, "model_state": init.model_state}
             items = restore_items(self.path, on_mesh(specs, self.mesh))
             return items["params"], items.get("model_state", {})
-        if init.given is None:
+        given = init.given
+        if given is None:
             self.run.notice("the module was not trained, and no ckpt_path is given: fresh weights")
-            init.given = jax.jit(init.make_model)(init.seed)
-        params, model_state = init.given
+            given = init.given = jax.jit(init.make_model)(init.seed)
+        params, model_state = given
         return place(params, whole), place(model_state, whole)
 
     def feed(self, loader: Any, stage: Stage) -> Feed:

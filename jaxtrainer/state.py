@@ -7,6 +7,7 @@ loop hands dicts to the compiled step. May import what is at or below level 1.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -158,7 +159,7 @@ class PytreeAdapter:
             static if kind == "static" else _typed(tables[kind][path], self._impls.get(path))
             for (kind, path), static in zip(self._slots, self._static, strict=True)
         ]
-        return jax.tree.unflatten(self._treedef, leaves)
+        return _in_mode(jax.tree.unflatten(self._treedef, leaves), training=training)
 
     def read_back(self, model: PyTree, *, where: str) -> tuple[Nested, Nested]:
         """See `Adapter.read_back`."""
@@ -176,6 +177,12 @@ class PytreeAdapter:
     def _collect(self, kind: str, leaves: list[Any]) -> Nested:
         slots = zip(self._slots, leaves, strict=True)
         return nest({path: _words(leaf) for (k, path), leaf in slots if k == kind})
+
+
+def _in_mode(model: PyTree, *, training: bool) -> PyTree:
+    """Set the `inference` flags of Equinox layers (Dropout, BatchNorm), which are leaves."""
+    equinox = sys.modules.get("equinox")
+    return model if equinox is None else equinox.nn.inference_mode(model, value=not training)
 
 
 class _Layout:
@@ -298,7 +305,15 @@ def _static_attributes(model: nnx.Module) -> dict[tuple[Any, ...], dict[str, Any
 
 def _is_static(value: Any) -> bool:
     # A traced array is static to NNX: whatever the step sets to one would be lost.
-    return isinstance(value, Tracer) or not isinstance(value, nnx.Variable | nnx.Pytree | Array)
+    if isinstance(value, Tracer) or not isinstance(value, nnx.Variable | nnx.Pytree | Array):
+        return not _holds_variables(value)
+    return False
+
+
+def _holds_variables(value: Any) -> bool:
+    # The bridge to Linen keeps its variables in plain dicts.
+    leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return any(isinstance(leaf, nnx.Variable) for leaf in leaves)
 
 
 def _copied(value: Any) -> Any:

@@ -240,7 +240,7 @@ class _Traced:
 
     def __init__(self, options: StepOptions, stage: Stage) -> None:
         self.options = options
-        self.stage = stage
+        self.stage: Stage = stage
         name = {"train": "training_step", "validate": "validation_step", "test": "test_step"}[stage]
         self.step = getattr(options.module, name)
         self.where = f"{type(options.module).__name__}.{name}"

@@ -341,11 +341,9 @@ class Trainer:
         return saver.find(str(ckpt_path))
 
 
-def _callbacks(
-    given: Callback | Iterable[Callback], with_bar: bool, *, saves: bool
-) -> list[Callback]:
+def _callbacks(given: Any, with_bar: bool, *, saves: bool) -> list[Callback]:
     several = isinstance(given, Iterable) and not isinstance(given, str | type)
-    callbacks = list(given) if several else [given]
+    callbacks: list[Any] = list(given) if several else [given]
     for callback in callbacks:
         if not isinstance(callback, Callback):
             hint = f"; write `{callback.__name__}()`" if isinstance(callback, type) else ""

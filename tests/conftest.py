@@ -3,6 +3,7 @@
 Runs before anything imports JAX, which reads its variables once, at import.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -48,10 +49,8 @@ optax.GradientTransformation.update = property(  # pyright: ignore[reportAttribu
 )
 
 
-@pytest.fixture
-def compilation_cache(tmp_path, monkeypatch):
-    """JAX's persistent compilation cache, on and empty for one test; gives its folder."""
-    folder = tmp_path / "compilation_cache"
+@contextlib.contextmanager
+def _cache_in(folder):
     settings = {
         "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(folder),
@@ -62,7 +61,27 @@ def compilation_cache(tmp_path, monkeypatch):
     for name, value in settings.items():
         jax.config.update(name, value)
     jax_cache.reset_cache()
-    yield folder
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     jax_cache.reset_cache()
+
+
+@pytest.fixture
+def compilation_cache(tmp_path):
+    """JAX's persistent compilation cache, on and empty for one test; gives its folder."""
+    folder = tmp_path / "compilation_cache"
+    with _cache_in(folder):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(session_folder):
+    """One compilation cache for all modules that ask for it: their runs share most programs."""
+    with _cache_in(session_folder):
+        yield

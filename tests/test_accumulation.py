@@ -17,6 +17,8 @@ from flax import nnx
 from jaxtrainer import Callback, Run, TrainModule
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 RATE = 0.1
 TOLERANCE: Any = {"rtol": 2e-6, "atol": 2e-7}
 

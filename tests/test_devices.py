@@ -19,6 +19,8 @@ from jaxtrainer.callbacks import Accuracy, Checkpoint
 from jaxtrainer.errors import ConfigError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 EIGHT, ONE = {"data": 8}, {"data": 1}
 ROUNDING = 1e-6
 

@@ -19,6 +19,8 @@ from jaxtrainer import Callback, Run, TrainModule, Trainer
 from jaxtrainer.errors import ConfigError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROUNDING = 1e-6
 
 

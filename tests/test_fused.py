@@ -17,6 +17,8 @@ from jaxtrainer import Callback, Run
 from jaxtrainer.callbacks import Checkpoint
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 EPOCH = 8
 
 
@@ -54,7 +56,7 @@ class Starts(Callback):
 
 
 @pytest.fixture(scope="module")
-def plain() -> Any:
+def plain(compiled_once: None) -> Any:
     """Two epochs, of dispatches as long as can be."""
     return tiny.fit(max_epochs=2, log_every_n_steps=1)
 

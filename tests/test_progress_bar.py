@@ -91,7 +91,7 @@ def test_bar_shows_the_start_up(rig: Rig):
 
 def test_bar_shows_the_epoch(rig: Rig):
     rig.run.epoch = 1
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     assert rig.shown() == ["Epoch 2/5    0/235  0:00<-:--  -- steps/s"]
     rig.step(47, 1.0)
     rig.run.metrics["train/loss"] = 0.5
@@ -101,21 +101,21 @@ def test_bar_shows_the_epoch(rig: Rig):
 def test_bar_shows_what_was_logged_for_it(rig: Rig):
     rig.run.metrics.update({"train/loss": 1.0, "val/accuracy": 0.95, "train/f1": 0.5})
     rig.run.prog_bar.update({"val/accuracy", "train/f1", "not/yet"})
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     assert rig.shown()[0].endswith("val/accuracy=0.9500 f1=0.5000")
 
 
 def test_bar_of_unknown_length_counts(rig: Rig):
     rig.run.num_batches = None
     rig.run.limits = Limits(max_steps=1000)
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     rig.step(47, 1.0)
     assert rig.shown() == ["Epoch 1  47  0:01  47.0 steps/s"]
 
 
 def test_bar_of_accumulated_gradients_counts_batches(rig: Rig):
     rig.run.accumulate = 4
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     assert rig.shown()[0].endswith("-- batches/s")
 
 
@@ -124,6 +124,14 @@ def test_bar_of_a_resumed_epoch_starts_where_it_was(rig: Rig):
     rig.bar.on_train_start(rig.run)
     rig.step(10, 1.0)
     assert rig.shown() == ["Epoch 1/5  210/235  0:01<0:02  10.0 steps/s"]
+
+
+def test_bar_of_a_run_with_nothing_left_shows_no_epoch(log: Rig):
+    log.run.epoch = 5
+    log.bar.on_train_start(log.run)
+    log.bar.on_train_end(log.run)
+    log.bar.teardown(log.run)
+    assert log.text() == ""
 
 
 def test_bar_shows_a_compilation_and_leaves_a_line(rig: Rig):
@@ -137,7 +145,7 @@ def test_bar_shows_a_compilation_and_leaves_a_line(rig: Rig):
 
 
 def test_bar_does_not_count_compilation_as_slow_steps(rig: Rig):
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     rig.bar.on_compile_start(rig.run, "train step")
     rig.clock.now += 9.0
     rig.bar.on_compile_end(rig.run, "train step", 9.0)
@@ -146,7 +154,7 @@ def test_bar_does_not_count_compilation_as_slow_steps(rig: Rig):
 
 
 def test_bar_shows_validation_below_the_epoch(rig: Rig):
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     rig.step(100, 1.0)
     rig.run.num_eval_batches, rig.run.eval_batch_idx = 40, 0
     rig.bar.on_validation_start(rig.run)
@@ -159,7 +167,7 @@ def test_bar_shows_validation_below_the_epoch(rig: Rig):
 
 
 def test_bar_compiling_within_validation_pauses_both(rig: Rig):
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     rig.step(100, 1.0)
     rig.run.num_eval_batches = 40
     rig.bar.on_validation_start(rig.run)
@@ -235,7 +243,7 @@ def test_bar_in_a_log_ignores_its_width():
 
 
 def test_bar_cut_short_leaves_the_unfinished_epoch(rig: Rig):
-    rig.bar.on_train_start(rig.run)
+    rig.bar.on_train_epoch_start(rig.run)
     rig.step(47, 1.0)
     rig.bar.on_exception(rig.run, KeyboardInterrupt())
     text = rig.text()
@@ -246,7 +254,7 @@ def test_bar_cut_short_leaves_the_unfinished_epoch(rig: Rig):
 
 
 def test_bar_of_a_stopped_run_leaves_the_epoch_when_training_ends(log: Rig):
-    log.bar.on_train_start(log.run)
+    log.bar.on_train_epoch_start(log.run)
     log.step(47, 1.0)
     log.bar.on_train_end(log.run)
     log.clock.now += 9.0

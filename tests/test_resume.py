@@ -20,6 +20,8 @@ from jaxtrainer.callbacks import Checkpoint, Timer
 from jaxtrainer.checkpoint import find_checkpoint, read_record, saved_steps
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 EPOCH = 8
 """Batches an epoch in every run here."""
 

@@ -28,7 +28,10 @@ PACKAGE = trainer_module.__file__.removesuffix("trainer.py")
 COMPILED_CALL = jax.stages.Compiled.__call__.__code__
 BATCHES = 32
 
-pytestmark = pytest.mark.parametrize("steps", [1, 4], ids=["single", "fused"])
+pytestmark = [
+    pytest.mark.usefixtures("compiled_once"),
+    pytest.mark.parametrize("steps", [1, 4], ids=["single", "fused"]),
+]
 
 
 class Profile(Callback):

@@ -79,7 +79,7 @@ def host_state(state: Any) -> dict[str, np.ndarray]:
 
 
 def host_array(leaf: jax.Array) -> np.ndarray:
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.array(jax.random.key_data(leaf) if is_key else leaf)
 
 

@@ -130,6 +130,7 @@ class Accuracy(Callback):
         raise ConfigError(
             f"Accuracy found no labels under {self.labels!r} in the batch ({found}); pass "
             "`Accuracy(labels='...')`, or a function: `Accuracy(labels=lambda batch: batch[1])`."
+            f"{did_you_mean(self.labels, map(str, batch)) if isinstance(batch, Mapping) else ''}"
         )
 
     def _check(self, logits: Any, labels: Any) -> None:

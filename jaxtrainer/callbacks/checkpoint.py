@@ -191,7 +191,7 @@ class Checkpoint(Callback):
 
     def _save(self, run: Run) -> None:
         step = run.global_step
-        if self._store is None or step == self.last_step:
+        if self._store is None or run.capture is None or step == self.last_step:
             return
         self._count_from(step)
         self._saved_at_s = run.clock()

@@ -172,8 +172,10 @@ class ProgressBar(Callback):
         self._end_eval()
 
     def on_train_start(self, run: Run) -> None:
-        """Show the bar; a run that resumes in the middle of an epoch starts there."""
-        self._start_epoch(run)
+        """Show the bar of a run that resumes in the middle of an epoch."""
+        # Any other epoch is announced, and there may be none left to run.
+        if run.batch_idx:
+            self._start_epoch(run)
 
     def on_train_epoch_start(self, run: Run) -> None:
         """Start the bar again."""

@@ -1,0 +1,92 @@
+"""By law: the same seed gives the same bits, in another process too.
+
+The programs run as a user's would: no test environment, every device, the trainer's own choice
+of steps a dispatch, another hash seed each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """
+import hashlib, json, sys
+import grain
+from jaxtrainer import Trainer
+from tests import tiny
+
+def digest(arrays):
+    content = b"".join(name.encode() + array.tobytes() for name, array in arrays.items())
+    return hashlib.sha256(content).hexdigest()
+
+def run(loader, **options):
+    probe, seed = tiny.Probe(), int(sys.argv[1])
+    options |= {"compilation_cache": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, seed=seed, callbacks=[probe], **options)
+    result = trainer.fit(tiny.Tiny(), loader)
+    return {
+        "state": digest(probe.state),
+        "params": digest({k: v for k, v in probe.state.items() if k.startswith(".params")}),
+        "metrics": {name: value.hex() for name, value in result.metrics.items()},
+    }
+
+records = tiny.make_batches(64, 1)
+dataset = grain.MapDataset.source([{k: v[0] for k, v in r.items()} for r in records])
+print(json.dumps({
+    "default": run(tiny.make_loader()),
+    "one_device": run(dataset.seed(5).shuffle().batch(8), mesh={"data": 1}, steps_per_dispatch=1),
+}))
+"""
+
+
+def start(seed: int, hash_seed: int) -> subprocess.Popen[str]:
+    scrubbed = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "PYTEST_"))}
+    environment = {**scrubbed, "JAX_PLATFORMS": "cpu", "PYTHONHASHSEED": str(hash_seed)}
+    command = [sys.executable, "-c", PROGRAM, str(seed)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[str, dict[str, str]]]:
+    """What seed 7 gave in two processes, and seed 8 in a third."""
+    processes = [start(7, 1), start(7, 2), start(8, 1)]
+    outputs = [(*process.communicate(timeout=200), process.returncode) for process in processes]
+    assert [code for _, _, code in outputs] == [0, 0, 0], outputs[0][1]
+    return [json.loads(out.splitlines()[-1]) for out, _, _ in outputs]
+
+
+@pytest.mark.parametrize("how", ["default", "one_device"])
+def test_same_seed_gives_the_same_bits_in_two_processes(outcomes: list, how: str):
+    first, second, _ = outcomes
+    assert first[how] == second[how]
+
+
+@pytest.mark.parametrize("how", ["default", "one_device"])
+def test_another_seed_gives_other_parameters(outcomes: list, how: str):
+    first, _, other = outcomes
+    assert first[how]["params"] != other[how]["params"]
+
+
+def test_second_run_in_a_process_gives_the_same_bits():
+    _, first = tiny.fit(max_epochs=1, seed=7)
+    _, second = tiny.fit(max_epochs=1, seed=7)
+    tiny.assert_same_bits(second, first)
+
+
+def test_global_random_state_is_left_alone():
+    random.seed(1)
+    np.random.seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    tiny.fit(max_steps=1)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
