@@ -1,7 +1,8 @@
 """Peak memory, and growth over many steps, each run in a process of its own.
 
-peak MB         the most that the process ever had, of which `data MB` before training: imports
-                and the data set in NumPy
+peak MB         the most that the process ever had, usually while it compiled
+end MB          what it has after training
+data MB         the most before training: imports, and the data set in NumPy
 bytes/step      slope of the resident memory over the steps, without the first quarter
 live arrays     JAX arrays at the epochs' starts: fewest and most, likewise
 threads         the same
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +41,7 @@ def peak(run: str) -> dict[str, float]:
         getattr(ByHand(workload, 1), run)()
     else:
         trained(workload, 1, checkpoint="no ckpt" not in run, from_host="host" in run)
-    return {"peak MB": peak_rss_mb(), "data MB": before}
+    return {"peak MB": peak_rss_mb(), "end MB": _rss_bytes() / 1e6, "data MB": before}
 
 
 def growth(run: str, steps: int) -> dict[str, Any]:
@@ -68,10 +70,10 @@ def growth(run: str, steps: int) -> dict[str, Any]:
         Watched(workload, epochs - 1).loop()
     else:
         trained(workload, epochs - 1, checkpoint="no ckpt" not in run, callbacks=[sampler])
-    return _trend(samples)
+    return trend(samples)
 
 
-def _trend(samples: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+def trend(samples: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
     import numpy as np
 
     late = np.array(samples[len(samples) // 4 :])
@@ -83,7 +85,7 @@ def _trend(samples: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
 
 def _rss_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rows(results: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:

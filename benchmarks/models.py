@@ -59,27 +59,28 @@ def main(argv: Sequence[str] | None = None) -> Report:
     options.add_argument("--size", choices=[*SIZES], default="small")
     options.add_argument("--batch-size", type=int, default=16)
     options.add_argument("--seq", type=int, help="tokens of a sequence")
-    options.add_argument("--steps", type=int, default=50, help="steps of an epoch")
+    options.add_argument("--steps", type=int, help="steps of an epoch")
     options.add_argument("--precision", choices=["32-true", "bf16-mixed"])
     options.add_argument("--attention", choices=["xla", "cudnn"])
     options.add_argument("--peak-tflops", type=float, help="what the device can do at most")
     options.add_argument("--limit", action="store_true", help="one scan an epoch as well")
     args = parse(options, argv, rounds=5)
+    steps = args.steps or (25 if args.short else 100)
     report = Report(name="models", as_json=args.json)
     timed = functools.partial(measure, rounds=args.rounds, epochs=args.epochs, limit=args.limit)
 
     if args.size == "small":
-        cnn = mnist_cnn(max_batches=args.steps)
-        title = f"CNN on MNIST, batch {cnn.batch_size}, {args.steps} steps an epoch"
+        cnn = mnist_cnn(max_batches=steps)
+        title = f"CNN on MNIST, batch {cnn.batch_size}, {steps} steps an epoch"
         report.add(title, timed(cnn))
     base = SIZES[args.size]
     changed = {"seq": args.seq or base.seq, "attention": args.attention}
     size = Size(**{**vars(base), **changed})
     precision = args.precision or ("bf16-mixed" if args.size == "large" else "32-true")
-    workload = transformer(size, args.batch_size, args.steps, bf16=precision == "bf16-mixed")
+    workload = transformer(size, args.batch_size, steps, bf16=precision == "bf16-mixed")
     rows = timed(workload)
     what = f"transformer, {size.num_params / 1e6:.3g} M parameters, {precision}"
-    report.add(f"{what}, batch {args.batch_size} x {size.seq}, {args.steps} steps an epoch", rows)
+    report.add(f"{what}, batch {args.batch_size} x {size.seq}, {steps} steps an epoch", rows)
     tokens = args.batch_size * size.seq
     report.add("achieved", achieved(rows, tokens, size, args.peak_tflops))
     report.finish()

@@ -25,7 +25,8 @@ from benchmarks.trained import trained
 from benchmarks.workloads import Batch, Params, Workload, linear, mnist_mlp
 from jaxtrainer import Callback
 
-FUSED, SINGLE = {"steps_per_dispatch": 32}, {"steps_per_dispatch": 1}
+FUSED: dict[str, Any] = {"steps_per_dispatch": 32}
+SINGLE: dict[str, Any] = {"steps_per_dispatch": 1}
 
 
 class Idle(Callback):
@@ -119,7 +120,7 @@ def all_at_once(rounds: int, epochs: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> Report:
     options = parser(__doc__)
     options.add_argument("--steps", type=int, help="steps of an epoch")
-    args = parse(options, argv, rounds=5)
+    args = parse(options, argv, rounds=5, short=2)
     rounds, epochs, short = args.rounds, args.epochs, args.short
     steps = args.steps or (1000 if short else 4000)
     report = Report(name="scaling", as_json=args.json)

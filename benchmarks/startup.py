@@ -81,7 +81,7 @@ def import_rows(results: dict[str, list[float]]) -> list[dict[str, Any]]:
 def run_child(task: str) -> None:
     from benchmarks import startup_child
 
-    jobs: dict[str, Callable[[str], float]] = {
+    jobs: dict[str, Callable[[str], tuple[float, float]]] = {
         "trainer": functools.partial(startup_child.fit, checkpoint=True),
         "trainer, no ckpt": functools.partial(startup_child.fit, checkpoint=False),
         "by hand": startup_child.by_hand,

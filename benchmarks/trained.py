@@ -18,7 +18,6 @@ from benchmarks.workloads import Batch, Params, Workload
 from jaxtrainer import Callback, Run, Trainer, TrainModule, data
 from jaxtrainer.callbacks import Accuracy, Checkpoint, ProgressBar, Timer
 
-
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxtrainer-benchmark-")
 """On by default, so on here too, but empty at first; the later rounds find their programs in it."""
 

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D model, H heads, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class Size:
     heads: int = 4
     seq: int = 64
     vocab: int = 256
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
     @property
     def num_params(self) -> int:

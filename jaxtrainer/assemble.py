@@ -241,8 +241,8 @@ def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, Tra
 
     dispatch, make_state = session.compile("train step", compile_step)
     if wanted == "auto":
-        steps = dispatch.capacity if dispatch.fused else 1
-        session.run.notice(f"steps_per_dispatch: {steps} ({dispatch.reason})")
+        steps = f"up to {dispatch.capacity} steps" if dispatch.fused else "one step"
+        session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
     if session.path is not None:
         return dispatch, restore_state(session.path, step.target)
     totals = place(step.program.totals.initial(), replicated(session.mesh))

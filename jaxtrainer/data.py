@@ -168,13 +168,21 @@ class IterableSource:
             )
         self.is_one_shot = iterator is self.loader
         if not isinstance(iterator, StatefulIterator):
-            yield from ((batch, None) for batch in itertools.islice(iterator, start, None))
+            # Batches are read ahead: a loader that fills one buffer again and again would
+            # overwrite them. Those of a list stay as they are.
+            keeps = isinstance(self.loader, list | tuple)
+            for batch in itertools.islice(iterator, start, None):
+                yield batch if keeps else jax.tree.map(_copied, batch), None
             return
         if state is not None:
             iterator.set_state(state)
             start = 0
         for batch in itertools.islice(iterator, start, None):
             yield batch, iterator.get_state()
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def open_source(loader: Any, stage: str) -> Source:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrainer.sharding import is_lockstep
 from jaxtrainer.step import STOP, Program
 from jaxtrainer.types import PyTree
 
@@ -111,11 +112,14 @@ class DispatchChoice:
         control[STOP] = count
         best, rows, spent = float("inf"), None, 0.0
         calls = max(1, MAX_STEPS // (4 * count))
+        lockstep = is_lockstep(jax.tree.leaves(self.arguments[2])[0].sharding.mesh)
         # The first trial warms up, and is left out.
         for trial in range(6):
             began = time.perf_counter()
             for _ in range(calls if trial else 1):
                 state, rows = program(state, resident, chunk, control)
+                if lockstep:
+                    rows.block_until_ready()
             jax.block_until_ready(rows)
             seconds = time.perf_counter() - began
             spent += seconds

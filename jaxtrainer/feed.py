@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
-from jaxtrainer.sharding import batch_sharding, place, replicated
+from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
 
 RESIDENT_BYTES = 1 << 30
@@ -99,6 +99,7 @@ class Feed:
     ) -> None:
         self.source = source
         self.mesh = mesh
+        self._is_lockstep = is_lockstep(mesh)
         self._epochs = iter(epochs)
         self._first_epoch = next(self._epochs)
         self._start, self._state = start, state
@@ -159,6 +160,8 @@ class Feed:
 
     def dispatched(self, token: jax.Array) -> None:
         """Tell the feed an output of the newest dispatch, by which it bounds its run-ahead."""
+        if self._is_lockstep:
+            token.block_until_ready()
         self._in_flight.put(token)
 
     def close(self) -> None:

@@ -84,6 +84,15 @@ def check_batch_size(mesh: Mesh, batch_size: int) -> None:
         )
 
 
+def is_lockstep(mesh: Mesh) -> bool:
+    """Return whether each dispatch must end before the next: on several CPU devices of a process.
+
+    Their collectives wait for each other on the threads of one pool; with more programs queued
+    the last thread can be taken by one of those, and XLA aborts the process after 40 s.
+    """
+    return mesh.devices.flat[0].platform == "cpu" and len(mesh.local_devices) > 1
+
+
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Put a pytree of host arrays on the devices; of several processes each gives its rows."""
     if jax.process_count() > 1:

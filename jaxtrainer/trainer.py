@@ -69,7 +69,8 @@ class Trainer:
         precision: `"32-true"`, `"bf16-mixed"` or `"bf16-true"`.
         mesh: Device mesh as axis sizes; `{"data": -1}`, all devices, is the default.
         steps_per_dispatch: Steps that one call of the compiled program runs at most, or
-            `"auto"`: found by measurement at the start.
+            `"auto"`: found by measurement at the start, so that two processes may differ in it,
+            and with some models in the last bits then. A resumed run keeps what it had.
         enable_progress_bar: Show a `ProgressBar`, unless `callbacks` has one.
         compilation_cache: Directory of the cache of compiled programs; None for the default one
             in the user's cache directory, False for none.
@@ -210,12 +211,17 @@ class Trainer:
                             on_validation_batch_end
                         on_validation_epoch_end
                         on_validation_end
-                    on_save_point
+                    if another batch follows:
+                        on_save_point
                 on_train_epoch_end
                 on_save_point
             on_train_end
             on_fit_end
             teardown
+
+        Where several steps are fused into one dispatch, `on_train_batch_end` runs once for each
+        of them when it is dispatched, and what follows it once. Compilation, reports, saving,
+        loading and exceptions have hooks of their own, which come when they happen.
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
         if self.options.batch_limits["validate"] == 0:

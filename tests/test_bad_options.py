@@ -100,7 +100,8 @@ def test_fit_refuses_a_value_before_compiling(options, part):
 @pytest.mark.parametrize("name", ["limit_train_batches", "val_check_interval"])
 def test_fraction_of_a_loader_without_a_length_is_refused(name):
     loader = grain.MapDataset.source(tiny.make_batches(3)).to_iter_dataset()
-    refused(ConfigError, f"{name}=0.5 is a fraction of", loader=loader, **{name: 0.5})
+    options: dict[str, Any] = {name: 0.5}
+    refused(ConfigError, f"{name}=0.5 is a fraction of", loader=loader, **options)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import common, overhead, transformer
+from benchmarks import common, memory, overhead, startup, transformer
 from benchmarks.common import Block
 from benchmarks.report import Report
 
@@ -68,6 +68,24 @@ def test_runs_that_learn_differently_are_refused(loss):
     results = {"a": blocks(1.0), "b": blocks(1.0, loss=loss)}
     with pytest.raises(RuntimeError, match="compute different things"):
         common.rows_of(results, 10, ("b",))
+
+
+def test_growth_is_the_slope_after_the_first_quarter():
+    # 7 bytes a step, after a start in which everything is loaded.
+    late = [(10**6 + 7 * memory.EPOCH * i, 12 + i % 2, 3) for i in range(12)]
+    found = memory.trend([(0, 1, 1)] * 4 + late)
+    assert found.pop("bytes/step") == pytest.approx(7.0)
+    assert found == {"live arrays": "12 to 13", "threads": "3 to 3"}
+
+
+def test_start_is_compared_within_a_round():
+    def start(seconds: float) -> dict[str, dict[str, float]]:
+        return {cache: {"fit_s": seconds} for cache in ("no cache", "empty", "warm")}
+
+    results = {"trainer": [start(1.0), start(30.0)], "by hand": [start(2.0), start(60.0)]}
+    trainer, _ = startup.start_rows(results, "fit_s")
+    assert trainer["/ by hand, no cache"] == 0.5
+    assert trainer["warm / no cache"] == 1.0
 
 
 def test_transformer_counts_its_matrices():

@@ -130,6 +130,28 @@ def test_fused_does_not_depend_on_the_kind_of_loader():
         np.testing.assert_allclose(of_arrays[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+class OneBuffer:
+    """A loader that fills the same arrays again for each batch."""
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def __iter__(self):
+        buffer = {k: np.empty_like(a) for k, a in tiny.make_batches(1)[0].items()}
+        for batch in tiny.make_batches(EPOCH):
+            for name, array in buffer.items():
+                array[:] = batch[name]
+            yield buffer
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["single", "fused"])
+def test_reading_ahead_leaves_the_batches_of_a_reused_buffer_alone(steps: int):
+    options: Any = {"max_epochs": 1, "steps_per_dispatch": steps}
+    _, reused = tiny.fit(OneBuffer(), **options)
+    _, expected = tiny.fit(tiny.make_batches(EPOCH), **options)
+    tiny.assert_same_bits(reused, expected)
+
+
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_batch_start_skips_the_rest_of_the_epoch(epoch: int):
     starts, outputs = Starts(skip_at=(epoch, 5)), Outputs()

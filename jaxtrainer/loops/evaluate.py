@@ -43,6 +43,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Run one pass over the loader and return the exact means of what its steps logged.
 
+    A signal that stops the run ends the pass too; it then reports nothing and returns `{}`.
+
     Args:
         run: The record; its `metrics` get the values too.
         plan: What to run.
@@ -61,6 +63,9 @@ def evaluate(
     try:
         for chunk in feed.start(plan.capacity):
             totals = _run_chunk(run, plan, feed, chunk, totals, params, model_state)
+            if run.stop_reason == "interrupted":
+                # A part of the data has no exact mean: nothing is reported.
+                return {}
     finally:
         feed.close()
     metrics = plan.totals.compute(np.asarray(totals))

@@ -1,0 +1,129 @@
+"""`LearningRateMonitor`: the learning rate of each report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey
+
+from jaxtrainer.callback import Callback
+from jaxtrainer.callbacks.reported import reported_step
+from jaxtrainer.errors import ConfigError, checks_options
+from jaxtrainer.metrics import host_scalar
+from jaxtrainer.run import Run
+
+_RATE = "learning_rate"
+_UNSAID = {"default", "hyperparams", _RATE}
+
+
+class LearningRateMonitor(Callback):
+    """Record the learning rate at every report, as a step series.
+
+    An Optax schedule is part of the compiled step, which keeps no learning rate. It is known if
+    you pass the schedule here too, or if the optimiser keeps it in its state
+    (`optax.inject_hyperparams`): then nothing else is needed, and a rate that was changed by hand
+    or by a plateau is seen as well. The rate of step `n` is the one with which update `n` was
+    made, counted from 1: `schedule(n - 1)`.
+
+    Args:
+        name: Name of the series; of several injected rates, `name/<label>` each.
+        schedule: The schedule given to the optimiser, a function of its step, or a constant.
+
+    Raises:
+        ConfigError: When training starts, if the rate cannot be known.
+
+    Example:
+        >>> import optax
+        >>> schedule = optax.cosine_decay_schedule(1e-3, decay_steps=1000)
+        >>> monitor = LearningRateMonitor(schedule=schedule)
+    """
+
+    _elsewhere: ClassVar[dict[str, str]] = {
+        "logging_interval": "It records at reports: `Trainer(log_every_n_steps=...)`.",
+    }
+
+    @checks_options
+    def __init__(
+        self, *, name: str = "lr", schedule: Callable[[Any], Any] | float | None = None
+    ) -> None:
+        if schedule is not None and not callable(schedule) and not _is_number(schedule):
+            raise ConfigError(
+                f"schedule={schedule!r}: pass the function of the step that the optimiser got, "
+                "or a number."
+            )
+        self.name = name
+        self.schedule = schedule
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def on_fit_start(self, run: Run) -> None:
+        """Find the rate, or say what to pass."""
+        self._pending = None
+        if self.schedule is None and not _injected(run.state.opt_state):
+            raise ConfigError(
+                "LearningRateMonitor cannot see the learning rate: the optimiser does not keep it "
+                "in its state. Pass the schedule, `LearningRateMonitor(schedule=schedule)`, or "
+                "return `optax.inject_hyperparams(optax.adam)(learning_rate=schedule)`."
+            )
+
+    def on_report(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Record the rate of the reported step, or of an injected one what is known by now."""
+        if self.schedule is not None:
+            step = reported_step(run, metrics)
+            run.record("step", {self.name: self._scheduled(step)}, step)
+        elif self._pending is None or self._pending[0] < run.global_step:
+            # The newest state is still being computed: it is read at the next report.
+            self._flush(run)
+            rates = _injected(run.state.opt_state)
+            # Copies, because the next step takes over the memory of the state.
+            self._pending = run.global_step, {k: jnp.copy(v) for k, v in rates.items()}
+
+    def on_train_end(self, run: Run) -> None:
+        """Record what is left."""
+        self._flush(run)
+
+    def _scheduled(self, step: int) -> float:
+        if not callable(self.schedule):
+            return host_scalar(self.name, self.schedule)
+        # On the accelerator it would wait behind the steps in the queue.
+        with _on_cpu():
+            return host_scalar(self.name, self.schedule(max(step - 1, 0)))
+
+    def _flush(self, run: Run) -> None:
+        if self._pending is None:
+            return
+        (step, rates), self._pending = self._pending, None
+        values = jax.device_get(rates)
+        names = {key: f"{self.name}/{key}" if len(rates) > 1 else self.name for key in rates}
+        run.record("step", {n: host_scalar(n, values[key]) for key, n in names.items()}, step)
+
+
+def _injected(opt_state: Any) -> dict[str, jax.Array]:
+    """Return the rates in an optimiser's state, by the labels on the way to them."""
+    found = list(_rates(opt_state))
+    labels = [label for label, _ in found]
+    unique = len(set(labels)) == len(labels)
+    return {label if unique else str(i): rate for i, (label, rate) in enumerate(found)}
+
+
+def _rates(opt_state: Any) -> Iterator[tuple[str, jax.Array]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        if keys[-2:] == ["hyperparams", _RATE]:
+            labels = [k for k, key in zip(keys, path, strict=True) if isinstance(key, DictKey)]
+            yield "/".join(k for k in labels if k not in _UNSAID), leaf
+
+
+def _on_cpu() -> AbstractContextManager[Any]:
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return nullcontext()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
