@@ -15,7 +15,7 @@ import optax
 from benchmarks.common import Block
 from benchmarks.workloads import Batch, Params, Workload
 
-State = tuple[Params, Any, jax.Array]
+State = tuple[Any, Any, jax.Array]
 """Parameters, optimiser state, and sums over the epoch: `[loss, accuracy]`."""
 
 
@@ -33,7 +33,7 @@ class ByHand:
         self.init = jax.jit(self._init)
         self.step = jax.jit(self.update, donate_argnums=0)
         self.whole_epoch = jax.jit(self._whole_epoch, donate_argnums=0)
-        self._resident: Batch | None = None
+        self._resident: Batch = {}
 
     def loop(self) -> Block:
         """A jitted, donated step for each batch, gathered by NumPy."""
@@ -73,8 +73,7 @@ class ByHand:
         return order[: w.num_batches * w.batch_size].reshape(w.num_batches, w.batch_size)
 
     def _on_device(self) -> Batch:
-        if self._resident is None:
-            self._resident = jax.device_put(self.workload.arrays)
+        self._resident = self._resident or jax.device_put(self.workload.arrays)
         return self._resident
 
     def _timed(self, epoch: Callable[[State], State]) -> Block:

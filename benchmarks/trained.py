@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -110,9 +111,10 @@ def trained(
 
 
 def _chosen(run: Run | None, options: dict[str, Any]) -> str:
-    notices = [] if run is None else run.notices
-    found = (n.split()[1] for n in notices if n.startswith("steps_per_dispatch: "))
-    return next(found, str(options["steps_per_dispatch"]))
+    # The trainer says it in a notice only.
+    text = "\n".join([] if run is None else run.notices)
+    found = re.search(r"(\d+|one) steps? a dispatch", text)
+    return found[1].replace("one", "1") if found else str(options["steps_per_dispatch"])
 
 
 def defaults(workload: Workload, folder: str, *, checkpoint: bool = True) -> list[Callback]:

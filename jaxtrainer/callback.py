@@ -27,6 +27,8 @@ class Callback:
         order: 0, 1 or 2, see above.
         every_n_train_steps: If set, fused dispatches end at every multiple of this many
             optimiser steps, so that `on_train_batch_end` sees the state of exactly that step.
+        may_log: Whether its hooks may log series. If no hook does, a monitored series that no
+            step logs is refused before anything compiles.
 
     Example:
         >>> class Print(Callback):
@@ -36,6 +38,7 @@ class Callback:
 
     order: int = 0
     every_n_train_steps: int | None = None
+    may_log: bool = True
 
     def setup(self, run: Run) -> None:
         """Start of `fit`, `validate`, `test` or `predict`, before anything compiles."""
@@ -255,10 +258,10 @@ class CallbackList:
 
     @property
     def may_log(self) -> bool:
-        """Whether a user's hook runs while training, and so may log what no step does."""
-        users = [o for o in self._owners if not type(o).__module__.startswith("jaxtrainer.")]
+        """Whether a hook that runs while training may log what no step does."""
+        owners = [o for o in self._owners if getattr(o, "may_log", True)]
         hooks = [n for n in HOOKS if n.startswith(("on_train", "on_validation", "on_report"))]
-        return any(_overrides(owner, name) for owner in users for name in hooks)
+        return any(_overrides(owner, name) for owner in owners for name in hooks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by `state_key`."""

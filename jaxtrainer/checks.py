@@ -5,10 +5,11 @@ Run before anything is traced, except for `configured_model`. May import levels 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
-from jaxtrainer.errors import AttributeChangedError, ConfigError, did_you_mean
+from jaxtrainer.errors import AttributeChangedError, ConfigError
 from jaxtrainer.frozen import kept_tracers
 from jaxtrainer.module import TrainModule
 
@@ -22,10 +23,11 @@ def require(module: Any, names: tuple[str, ...]) -> None:
         raise ConfigError(f"expected an instance of a TrainModule, got {_described(module)}")
     for name in names:
         if not is_overridden(module, name):
-            own = [n for n in dir(type(module)) if not n.startswith("_")]
-            close = did_you_mean(name, [n for n in own if not hasattr(TrainModule, n)])
+            own = [n for n in vars(type(module)) if not hasattr(TrainModule, n)]
+            close = difflib.get_close_matches(name, own, n=1)
+            rename = f" It has `{close[0]}`, which is never called: rename it." if close else ""
             raise ConfigError(
-                f"{type(module).__name__} has no `{name}`; write `{_definition(name)}`.{close}"
+                f"{type(module).__name__} has no `{name}`; write `{_definition(name)}`.{rename}"
             )
         _check_parameters(module, name)
 

@@ -25,7 +25,7 @@ def changed_names(
     """Yield the names whose contents are not those of `before`."""
     for name, (structure, leaves) in before.items():
         now = _contents(attributes.get(name))
-        if now is None or now[0] != structure or not all(map(is_same, now[1], leaves)):
+        if now is None or now[0] != structure or not _all_same(now[1], leaves):
             yield name
 
 
@@ -46,6 +46,10 @@ def is_same(a: Any, b: Any) -> bool:
         return type(a) is type(b) and bool(a == b)
     except Exception:
         return False
+
+
+def _all_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_same, now, before))
 
 
 def _contents(value: Any) -> tuple[Any, list[Any]] | None:

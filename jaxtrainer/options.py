@@ -100,7 +100,7 @@ def batch_limit(name: str, limit: int | float | None, num_batches: int | None) -
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 0:
         raise ConfigError(f"{name} must be an integer or a fraction of 1, got {limit!r}.")
     if limit == 0:
-        raise ConfigError(f"{name}={limit!r} leaves no batch; pass a number above 0, or None for all.")
+        raise ConfigError(f"{name}={limit!r} leaves no batch; pass more, or None for all of them.")
     if isinstance(limit, int):
         return limit
     if limit > 1.0:

@@ -19,7 +19,7 @@ from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import Callback, CallbackList
 from jaxtrainer.checkpoint import Snapshot, read_record, restore_items
 from jaxtrainer.chunks import ReadOptions
-from jaxtrainer.data import open_source
+from jaxtrainer.data import MapSource, open_source
 from jaxtrainer.dispatch import Dispatch
 from jaxtrainer.errors import CheckpointMismatchError
 from jaxtrainer.feed import Feed
@@ -192,6 +192,9 @@ class Session:
         limit = batch_limit(
             f"limit_{_OPTION[stage]}_batches", self.options.batch_limits[stage], source.num_batches
         )
+        if isinstance(source, MapSource) and source.num_batches is None:
+            # Of an endless dataset each epoch takes the batches that follow those of the last.
+            source.num_batches = limit
         options = ReadOptions(stage=stage, limit=limit, keep_ragged=keep_ragged)
         feed = Feed(source, options, self.mesh, **position)
         self._feeds.append(feed)

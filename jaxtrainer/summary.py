@@ -72,7 +72,8 @@ class Summary:
         table.add_column("module", no_wrap=True)
         if shows_kind:
             table.add_column("type", no_wrap=True)
-        table.add_column("arrays", no_wrap=True, overflow="ellipsis")
+        # The only column that wraps: on a narrow terminal all others stay readable.
+        table.add_column("arrays")
         for name in ("params", "share", "state", "size"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("trainable", no_wrap=True)
@@ -81,6 +82,10 @@ class Summary:
             cells = [name, row.kind] if shows_kind else [name]
             # As `Text`: rich would take the brackets of a shape for markup.
             table.add_row(*cells, Text(row.arrays), *self._numbers(row))
+        table.add_section()
+        size_bytes = self.param_bytes + self.state_bytes
+        numbers = (f"{self.num_params:,}", "", f"{self.num_state:,}", format_bytes(size_bytes))
+        table.add_row("total", *([""] if shows_kind else []), "", *numbers)
         return table
 
     def __str__(self) -> str:
@@ -126,7 +131,7 @@ def summarize(
         >>> dense = {"kernel": np.zeros((4, 3)), "bias": np.zeros(3)}
         >>> summary = summarize({"first": dense, "last": dense})
         >>> summary.num_params, summary.rows[0].arrays
-        (30, 'kernel float64[4, 3], bias float64[3]')
+        (30, 'kernel f64[4, 3], bias f64[3]')
     """
     state = {} if model_state is None else model_state
     for what, tree in (("params", params), ("model_state", state)):
@@ -198,4 +203,7 @@ def _arrays(tree: Any) -> Iterator[str]:
 
 
 def _described(leaf: Any) -> str:
-    return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"
+    kind = str(leaf.dtype)
+    for name, short in (("float", "f"), ("uint", "u"), ("int", "i")):
+        kind = kind.replace(name, short)
+    return f"{kind}[{', '.join(map(str, leaf.shape))}]"

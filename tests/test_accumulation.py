@@ -122,9 +122,7 @@ def test_window_as_long_as_the_epoch_or_longer_is_one_update():
 
 def test_global_step_counts_updates():
     rows = make_rows(56)
-    result, _ = trained(
-        cut(rows, 8), accumulate_grad_batches=3, max_epochs=2, log_every_n_steps=1
-    )
+    result, _ = trained(cut(rows, 8), accumulate_grad_batches=3, max_epochs=2, log_every_n_steps=1)
     assert (result.num_steps, result.num_samples) == (6, 112)
     # The updates done after each of seven batches.
     first = [0, 0, 1, 1, 1, 2, 3]
@@ -157,7 +155,10 @@ def test_periods_count_updates():
             seen.append(run.total_batches)
 
     trained(
-        cut(make_rows(80), 8), callbacks=[Every()], accumulate_grad_batches=3, max_epochs=1,
+        cut(make_rows(80), 8),
+        callbacks=[Every()],
+        accumulate_grad_batches=3,
+        max_epochs=1,
         steps_per_dispatch=10,
     )
     assert seen == [6, 10]

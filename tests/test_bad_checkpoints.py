@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxtrainer import Callback, Run
-from jaxtrainer.callbacks import Checkpoint
+from jaxtrainer.callbacks import Checkpoint, LambdaCallback
 from jaxtrainer.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -251,3 +251,10 @@ def test_monitored_series_may_come_from_a_hook(tmp_path):
 def test_two_checkpoints_of_one_directory_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="several callbacks keep their state under"):
         tiny.make_trainer([Checkpoint(tmp_path), Checkpoint(tmp_path)])
+
+
+def test_monitored_series_may_come_from_a_callback_of_the_package(tmp_path):
+    checkpoint = Checkpoint(tmp_path, monitor="score", mode="max")
+    logs = LambdaCallback(on_train_epoch_end=lambda run: run.log("score", float(run.epoch)))
+    tiny.fit(tiny.make_batches(3), callbacks=[logs, checkpoint], max_epochs=2)
+    assert checkpoint.best_model_score == 1.0

@@ -161,7 +161,7 @@ def test_missing_step_is_refused_with_the_close_match(missing, similar):
     members: dict[str, Any] = {n: getattr(tiny.Tiny, n) for n in wanted if n != missing}
     members[similar] = getattr(tiny.Tiny, missing)
     module = type("Mine", (NoStep,), members)()
-    parts = (f"Mine has no `{missing}`", f"Did you mean '{similar}'?")
+    parts = (f"Mine has no `{missing}`", f"It has `{similar}`, which is never called: rename it")
     refused(ConfigError, *parts, module=module, val_loader=tiny.make_batches(1))
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import pytest
-from tests.tiny import Tiny, make_batches, make_trainer
 
 from jaxtrainer.callbacks import DeviceStats, device_stats
 from jaxtrainer.run import Run
+from tests.tiny import Tiny, make_batches, make_trainer
 
 
 class Device:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxtrainer import Callback, Run, TrainModule, Trainer
+from jaxtrainer import Callback, Run, Trainer, TrainModule
 from jaxtrainer.errors import ConfigError
 from tests import tiny
 
@@ -217,9 +217,7 @@ def test_predict_hooks_run_once_a_batch_in_order():
         def on_predict_batch_start(self, run: Run, batch: Any, batch_idx: int) -> None:
             seen.append(("start", batch_idx))
 
-        def on_predict_batch_end(
-            self, run: Run, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
+        def on_predict_batch_end(self, run: Run, outputs: Any, batch: Any, batch_idx: int) -> None:
             seen.append(("end", batch_idx, int(outputs["index"][0]), int(batch["index"][0])))
 
     tiny.make_trainer(Watch()).predict(Measure(), cut(make_data(27), 8))

@@ -111,7 +111,7 @@ def recorder(names: set[str]) -> Any:
         hook.__signature__ = inspect.signature(getattr(Callback, name))  # type: ignore[attr-defined]
         return hook
 
-    callback = type("Recorder", (Callback,), {name: keep(name) for name in names})()
+    callback: Any = type("Recorder", (Callback,), {name: keep(name) for name in names})()
     callback.seen = []
     return callback
 

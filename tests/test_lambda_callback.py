@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.tiny import Tiny, make_batches, make_trainer
 
+from jaxtrainer import TrainModule
 from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import LambdaCallback
 from jaxtrainer.errors import ConfigError, OptionError
+from tests.tiny import Tiny, make_batches, make_trainer
 
 
 def test_lambda_hooks_are_called_in_a_run():
@@ -22,7 +23,9 @@ def test_lambda_hooks_are_called_in_a_run():
 
 
 def test_only_given_hooks_are_overridden():
-    hooks = CallbackList([LambdaCallback(on_fit_end=print), LambdaCallback(setup=print)], object())
+    hooks = CallbackList(
+        [LambdaCallback(on_fit_end=print), LambdaCallback(setup=print)], TrainModule()
+    )
     assert hooks.has("on_fit_end")
     assert hooks.has("setup")
     assert not hooks.has("on_train_batch_end")

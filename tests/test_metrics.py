@@ -22,7 +22,7 @@ def reduced(reduce: str, rows: Any, weights: Any = None, repeat: int = 1) -> flo
     """Reduce a series of values in a compiled loop, as the step does it."""
     totals = Totals((spec(reduce=reduce),))
     values = jnp.asarray(rows, jnp.float32)[:, None]
-    weighing = jnp.ones_like(values) if weights is None else jnp.asarray(weights, jnp.float32)[:, None]
+    weighing = jnp.asarray(weights or [1.0] * len(values), jnp.float32)[:, None]
 
     @jax.jit
     def add(values: jax.Array, weights: jax.Array) -> jax.Array:

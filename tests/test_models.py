@@ -20,7 +20,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
-X = tiny.make_arrays(64)["x"]
+X = jnp.asarray(tiny.make_arrays(64)["x"])
 
 
 def train(module: TrainModule, **options: Any) -> Any:
@@ -134,7 +134,7 @@ class LinenNet(nn.Module):
 class LinenVariables(tiny.Tiny):
     """Linen's variables as a dict, changed by the step as Linen does it."""
 
-    net = LinenNet()
+    net: Any = LinenNet()
 
     def configure_model(self, rngs: nnx.Rngs) -> Any:
         return self.net.init(rngs.params(), X[:1])

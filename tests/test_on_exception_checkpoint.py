@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import pytest
-from tests.tiny import Probe, Tiny, assert_same_bits, make_batches, make_trainer
 
 from jaxtrainer import Callback, Run
 from jaxtrainer.callbacks import OnExceptionCheckpoint
 from jaxtrainer.errors import RunDirError
+from tests.tiny import Probe, Tiny, assert_same_bits, make_batches, make_trainer
 
 
 class FailAt(Callback):
@@ -76,7 +76,7 @@ def test_second_crash_keeps_the_first_checkpoint(tmp_path: Path):
 def test_interrupted_run_is_saved(tmp_path: Path):
     class Interrupt(Callback):
         def on_train_batch_end(self, run: Run, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if run.total_batches == 4:
+            if batch_idx == 3:
                 signal.raise_signal(signal.SIGINT)
 
     callback = OnExceptionCheckpoint(tmp_path)

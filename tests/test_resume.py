@@ -128,11 +128,19 @@ def test_resume_of_an_interrupted_run_is_the_uninterrupted_one(options: Any, tmp
     assert_same_future(resumed, whole, after=cut.num_steps)
 
 
+def test_endless_dataset_goes_on_from_epoch_to_epoch():
+    # Three epochs of 6 batches are the first 18 that it has; the others have 8 an epoch.
+    options: Any = {"limit_train_batches": 6, "max_epochs": 3}
+    _, epochs = tiny.fit(map_dataset().repeat(), **options)
+    _, straight = tiny.fit(map_dataset().repeat(), max_steps=18)
+    # The totals alone begin anew with each epoch.
+    del epochs[".totals"], straight[".totals"]
+    tiny.assert_same_bits(epochs, straight)
+
+
 def test_resume_within_a_window_keeps_its_gradients(tmp_path: Path):
     saver = Checkpoint(tmp_path)
-    _, state = tiny.fit(
-        callbacks=[saver, StopAt(4)], max_epochs=1, accumulate_grad_batches=3
-    )
+    _, state = tiny.fit(callbacks=[saver, StopAt(4)], max_epochs=1, accumulate_grad_batches=3)
     sums = [v for name, v in state.items() if ".accumulated['grads']" in name]
     assert sums
     assert all(np.any(v) for v in sums)
@@ -168,6 +176,22 @@ def test_resume_with_more_steps_is_the_longer_run(tmp_path: Path):
     tiny.fit(callbacks=[Checkpoint(tmp_path)], max_steps=5)
     longer = tiny.fit(callbacks=[Checkpoint(tmp_path)], ckpt_path="last", max_steps=12)
     assert_same_future(longer, whole, after=5)
+
+
+def test_resume_gives_back_what_a_hook_saved(tmp_path: Path):
+    class Remembering(tiny.Tiny):
+        loaded: Any = None
+
+        def on_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
+            checkpoint["best"] = {"at": run.global_step, "value": float("-inf")}
+
+        def on_load_checkpoint(self, run: Run, checkpoint: Any) -> None:
+            self.loaded = checkpoint["best"]
+
+    tiny.fit(module=Remembering(), callbacks=[Checkpoint(tmp_path)], max_steps=3)
+    module = Remembering()
+    tiny.fit(module=module, callbacks=[Checkpoint(tmp_path)], ckpt_path="last", max_steps=4)
+    assert module.loaded == {"at": 3, "value": float("-inf")}
 
 
 def test_resume_goes_on_with_the_timer(tmp_path: Path):

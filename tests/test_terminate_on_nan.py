@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny import Tiny, make_batches, make_trainer
 
-from jaxtrainer import FitResult
+from jaxtrainer import FitResult, TrainModule
 from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import TerminateOnNaN
 from jaxtrainer.errors import ConfigError
 from jaxtrainer.run import Run
+from tests.tiny import Tiny, make_batches, make_trainer
 
 
 def fit_with_bad_batch(index: int, value: float, **options: Any) -> FitResult:
@@ -48,7 +48,7 @@ def test_infinite_validation_value_stops_the_run():
 
 
 def test_nothing_is_asked_for_in_a_step():
-    hooks = CallbackList([TerminateOnNaN()], object())
+    hooks = CallbackList([TerminateOnNaN()], TrainModule())
     each = ("on_train_batch_start", "on_train_batch_end", "on_save_point")
     assert not any(hooks.has(name) for name in each)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import pytest
-from tests.tiny import Tiny, make_batches, make_trainer
 
+from jaxtrainer import TrainModule
 from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import Throughput
 from jaxtrainer.callbacks.throughput import PEAKS, peak_of
 from jaxtrainer.errors import ConfigError
 from jaxtrainer.run import Run
+from tests.tiny import Tiny, make_batches, make_trainer
 
 
 class ManualClock:
@@ -92,7 +93,9 @@ def test_steps_are_optimiser_steps_and_operations_those_of_batches():
 def test_mfu_is_left_out_where_the_peak_is_not_known():
     driver = Driver(Throughput(flops_per_step=1e6))
     driver.train(1, 1.0)
-    assert driver.report().keys() == {f"throughput/{n}_per_s" for n in ("samples", "steps", "flops")}
+    assert driver.report().keys() == {
+        f"throughput/{n}_per_s" for n in ("samples", "steps", "flops")
+    }
 
 
 def test_peak_counts_every_device_of_the_mesh():
@@ -110,7 +113,7 @@ def test_a_run_records_both_kinds():
 
 
 def test_nothing_is_asked_for_in_a_step():
-    hooks = CallbackList([Throughput()], object())
+    hooks = CallbackList([Throughput()], TrainModule())
     each = ("on_train_batch_start", "on_train_batch_end", "on_save_point")
     assert not any(hooks.has(name) for name in each)
 
@@ -144,9 +147,7 @@ def test_every_peak_names_its_source():
     assert all("NVIDIA" in p.source or "Google" in p.source for p in PEAKS.values())
 
 
-@pytest.mark.parametrize(
-    "options", [{"window": 0}, {"flops_per_step": -1.0}, {"peak_flops": 1e12}]
-)
+@pytest.mark.parametrize("options", [{"window": 0}, {"flops_per_step": -1.0}, {"peak_flops": 1e12}])
 def test_option_that_cannot_work_is_refused(options: dict[str, Any]):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Throughput(**options)

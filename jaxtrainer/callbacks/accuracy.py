@@ -35,6 +35,8 @@ class Accuracy(Callback):
         >>> callbacks = [Accuracy(), Accuracy(top_k=5, name="top5")]
     """
 
+    may_log = False
+
     @checks_options
     def __init__(
         self,

@@ -43,6 +43,7 @@ class Checkpoint(Callback):
     """
 
     order = 2
+    may_log = False
 
     @checks_options
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,7 @@ class DeviceStats(Callback):
 
     @checks_options
     def __init__(self) -> None:
-        self._devices: list[jax.Device] = []
+        self._devices: list[Any] = []
         self._step = -1
 
     def on_train_start(self, run: Run) -> None:

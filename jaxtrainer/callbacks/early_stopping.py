@@ -49,6 +49,7 @@ class EarlyStopping(Callback):
     """
 
     order = 1
+    may_log = False
     _elsewhere: ClassVar[dict[str, str]] = {
         "strict": "A series that nothing logs is always an error.",
         "check_on_train_epoch_end": "A check is made when the series has a new value.",
@@ -153,7 +154,8 @@ class EarlyStopping(Callback):
         best, value = self.best_score, run.metrics[self.monitor]
         reason = self._judge(value)
         if reason is not None:
-            self.stopped_epoch = run.epoch
+            # While `min_epochs` holds the stop back, the first reason stands, and its epoch.
+            self.stopped_epoch = self.stopped_epoch if run.should_stop else run.epoch
             run.stop(f"early_stopping: {self.monitor} {reason}")
         elif self.verbose and self.best_score != best:
             run.notice(

@@ -44,6 +44,7 @@ class ProgressBar(Callback):
 
     # After the module: its `on_train_epoch_end` may log values that belong in the line.
     order = 2
+    may_log = False
 
     @checks_options
     def __init__(

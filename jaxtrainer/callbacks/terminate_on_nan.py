@@ -30,6 +30,7 @@ class TerminateOnNaN(Callback):
     """
 
     order = 1
+    may_log = False
     _elsewhere: ClassVar[dict[str, str]] = {
         "patience": "It stops at the first one; `EarlyStopping` has patience.",
     }

@@ -60,6 +60,8 @@ class Timer(Callback):
         1800.0
     """
 
+    may_log = False
+
     @checks_options
     def __init__(
         self,
