@@ -284,7 +284,9 @@ def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _differences(item: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    lines = [f"{item}/{k}: saved as {saved[k]}, not in this model" for k in saved if k not in wanted]
+    lines = [
+        f"{item}/{k}: saved as {saved[k]}, not in this model" for k in saved if k not in wanted
+    ]
     lines += [f"{item}/{k}: {wanted[k]} here, not saved" for k in wanted if k not in saved]
     both = [k for k in wanted if k in saved and saved[k] != wanted[k]]
     return lines + [f"{item}/{k}: saved as {saved[k]}, here {wanted[k]}" for k in both]

@@ -121,7 +121,9 @@ class IndexedChunks:
     @property
     def num_batches(self) -> int | None:
         """See `Chunks`."""
-        length = self._num_samples // self._batch + bool(self.ragged_rows and self.options.keep_ragged)
+        length = self._num_samples // self._batch + bool(
+            self.ragged_rows and self.options.keep_ragged
+        )
         return length if self.options.limit is None else min(self.options.limit, length)
 
     def limited(self, limit: int | None) -> IndexedChunks:

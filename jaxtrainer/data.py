@@ -18,7 +18,12 @@ import numpy as np
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.types import IndexedLoader, PyTree, StatefulIterator
 
-_NARROW = {"int64": np.int32, "uint64": np.uint32, "float64": np.float32, "complex128": np.complex64}
+_NARROW = {
+    "int64": np.int32,
+    "uint64": np.uint32,
+    "float64": np.float32,
+    "complex128": np.complex64,
+}
 
 
 def from_arrays(
@@ -300,8 +305,9 @@ def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:
     got, treedef = jax.tree.flatten(batch)
     want, wanted_def = jax.tree.flatten(spec)
     if treedef != wanted_def:
-        raise BatchSpecError(f"{where} has another structure than the first batch: "
-                             f"{_difference(batch, spec)}.")
+        raise BatchSpecError(
+            f"{where} has another structure than the first batch: {_difference(batch, spec)}."
+        )
     if all(g.shape == w.shape and g.dtype == w.dtype for g, w in zip(got, want, strict=True)):
         return True
     paths = [leaf_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(spec)[0]]

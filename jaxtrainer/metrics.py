@@ -128,8 +128,8 @@ def _scalar(name: str, value: Any, what: str) -> Array:
     array = as_array(value)
     if array is None:
         raise LogError(
-            f"log({name!r}) got a {what} of type {type(value).__name__}; pass a scalar: a number or "
-            "an array of shape ()."
+            f"log({name!r}) got a {what} of type {type(value).__name__}; pass a scalar: a number "
+            "or an array of shape ()."
         )
     if array.size != 1:
         raise LogError(

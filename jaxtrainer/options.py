@@ -115,9 +115,7 @@ def batch_limit(name: str, limit: int | float | None, num_batches: int | None) -
     return max(1, int(limit * num_batches))
 
 
-def validation_period(
-    interval: int | float | None, num_batches: int | None
-) -> int | None:
+def validation_period(interval: int | float | None, num_batches: int | None) -> int | None:
     """Return every how many batches of an epoch to validate; None for at its end only."""
     if interval is None or (isinstance(interval, float) and interval == 1.0):
         return None

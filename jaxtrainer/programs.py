@@ -99,9 +99,7 @@ def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:
 def batch_spec(spec: FeedSpec, mesh: Mesh, rows: int) -> PyTree:
     """Return the spec of one batch of that many rows, as the device transform gets it."""
     # With the mesh in its type, the step traced from it is the one found in JAX's trace cache.
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), spec.batch
-    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), spec.batch)
     return on_mesh(batch, mesh)
 
 
@@ -113,9 +111,7 @@ def control_spec(capacity: int) -> jax.ShapeDtypeStruct:
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     """Return abstract arrays that live whole on every device of the mesh."""
     sharding = replicated(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def shardings(specs: PyTree) -> PyTree:

@@ -96,7 +96,5 @@ def is_lockstep(mesh: Mesh) -> bool:
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Put a pytree of host arrays on the devices; of several processes each gives its rows."""
     if jax.process_count() > 1:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x), tree
-        )
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
     return jax.device_put(tree, sharding)

@@ -165,7 +165,9 @@ class PytreeAdapter:
         """See `Adapter.read_back`."""
         leaves, treedef = jax.tree.flatten(model)
         if treedef != self._treedef:
-            raise StepError(f"{where} changed the structure of the model:\n{self._treedef}\n{treedef}")
+            raise StepError(
+                f"{where} changed the structure of the model:\n{self._treedef}\n{treedef}"
+            )
         return self._collect("param", leaves), self._collect("state", leaves)
 
     def _kind(self, path: str, leaf: Any) -> str:

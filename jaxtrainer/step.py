@@ -149,9 +149,7 @@ def build_train_step(
         return state._replace(totals=totals.update(state.totals, row, weights)), row
 
     def with_totals(state: TrainState, control: Array) -> TrainState:
-        return state._replace(
-            totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals)
-        )
+        return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
 
     def single(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         i = control[START]

@@ -302,9 +302,7 @@ class Trainer:
         require(module, ("configure_model", "configure_optimizers", "training_step"))
         return step_plan(Session(self.options, self.callbacks, module, "fit", None), batch)
 
-    def _predictions(
-        self, module: TrainModule, loader: Any, path: Path | None
-    ) -> Iterator[PyTree]:
+    def _predictions(self, module: TrainModule, loader: Any, path: Path | None) -> Iterator[PyTree]:
         with Session(self.options, self.callbacks, module, "predict", path) as session:
             variables = session.variables
             plan = predict_plan(session, loader, variables)

@@ -39,6 +39,7 @@ LEVELS = {
     "jaxtrainer.outputs": 2,
     "jaxtrainer.result": 2,
     "jaxtrainer.state": 2,
+    "jaxtrainer.summary": 2,
     "jaxtrainer.checkpoint": 3,
     "jaxtrainer.step": 3,
     "jaxtrainer.callbacks": 4,

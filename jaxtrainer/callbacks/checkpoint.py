@@ -78,7 +78,10 @@ class Checkpoint(Callback):
             )
         if save_top_k == 0 and not save_last:
             raise ConfigError("save_top_k=0 with save_last=False saves nothing; pass one of them.")
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
+        for name, value in (
+            ("every_n_epochs", every_n_epochs),
+            ("every_n_train_steps", every_n_train_steps),
+        ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
         self.dirpath = os.fspath(dirpath)
@@ -88,7 +91,9 @@ class Checkpoint(Callback):
         self.save_last = save_last
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = 1 if all(t is None for t in triggers) else every_n_epochs
-        self.interval_s = None if train_time_interval is None else parse_duration(train_time_interval)
+        self.interval_s = (
+            None if train_time_interval is None else parse_duration(train_time_interval)
+        )
         self.scores: dict[int, float] = {}
         self.last_step: int | None = None
         self._store: CheckpointStore | None = None
@@ -108,7 +113,9 @@ class Checkpoint(Callback):
     @property
     def best_model_path(self) -> str | None:
         """Directory of the best checkpoint."""
-        return None if self.best_step is None else os.path.join(self.dirpath, f"step_{self.best_step}")
+        return (
+            None if self.best_step is None else os.path.join(self.dirpath, f"step_{self.best_step}")
+        )
 
     @property
     def best_model_score(self) -> float | None:

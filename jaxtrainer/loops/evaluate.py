@@ -83,7 +83,10 @@ def _run_chunk(
     is_ragged = chunk.rows != feed.rows
     capacity = 1 if is_ragged else plan.capacity
     hook = _hooks(plan.hooks, HOOK_NAMES[plan.stage])
-    starts, ends = plan.hooks.has(_name(plan, "batch_start")), plan.hooks.has(_name(plan, "batch_end"))
+    starts, ends = (
+        plan.hooks.has(_name(plan, "batch_start")),
+        plan.hooks.has(_name(plan, "batch_end")),
+    )
     count = 1 if starts or not plan.fused or is_ragged else chunk.size
     for start in range(0, chunk.size, count):
         if starts:
