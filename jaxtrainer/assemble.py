@@ -228,9 +228,11 @@ def step_plan(session: Session, batch: Any) -> Plan:
 def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, TrainState]:
     """Compile the training step and, beside it, what makes the first state; run or restore it."""
     wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
+    cache_dir = session.options.cache_dir
+    memory = None if cache_dir is None else cache_dir / "dispatch"
 
     def compile_step() -> tuple[Dispatch, Any]:
-        choice = DispatchChoice(wanted, step.program, step.lower, step.arguments, saved)
+        choice = DispatchChoice(wanted, step.program, step.lower, step.arguments, saved, memory)
         jobs = {name: lowered.compile for name, lowered in choice.lowered.items()}
         if session.path is None:
             lowered = step.init.lower(*step.init_arguments)

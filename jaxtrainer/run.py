@@ -15,6 +15,9 @@ from typing import Any
 from jaxtrainer.metrics import host_scalar
 from jaxtrainer.types import Clock
 
+_HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted")
+"""Reasons to stop that the minimum limits do not hold back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -192,9 +195,14 @@ class Run:
         self.is_epoch_end = False
 
     def stop(self, reason: str) -> None:
-        """Ask the loop to end at the next boundary; the first reason stands."""
+        """Ask the loop to end at the next boundary.
+
+        The first reason stands, but a limit or a signal takes the place of a callback's wish that
+        `min_steps` or `min_epochs` holds back.
+        """
+        if not self.stop_reason or (reason in _HARD_REASONS and not self.is_done):
+            self.stop_reason = reason
         self.should_stop = True
-        self.stop_reason = self.stop_reason or reason
 
     def log(self, name: str, value: float, *, prog_bar: bool = False) -> None:
         """Record a host value as an epoch point, e.g. from a hook."""
@@ -229,7 +237,7 @@ class Run:
         """Whether to stop now: asked for, and not held back by the minimum limits."""
         if not self.should_stop:
             return False
-        if self.stop_reason in ("max_steps", "max_epochs", "max_time", "interrupted"):
+        if self.stop_reason in _HARD_REASONS:
             return True
         return self.epoch >= self.limits.min_epochs and self.global_step >= self.limits.min_steps
 

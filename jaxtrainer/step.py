@@ -7,6 +7,7 @@ step, gradients, accumulation, clipping, optimiser, metrics. May import levels 0
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +74,14 @@ class Program:
         fused: Runs the batches from `control[START]` to `control[STOP]`.
         totals: Meaning of a row.
         outputs: What the user's step returns: specs by key.
+        fingerprint: The same for the same traced step, in any process.
     """
 
     single: Callable[..., Any]
     fused: Callable[..., Any]
     totals: Totals
     outputs: Mapping[str, Any]
+    fingerprint: str = ""
 
     @property
     def specs(self) -> tuple[MetricSpec, ...]:
@@ -127,7 +130,8 @@ def build_train_step(
     # Traced here once; inside the loop below the cached jaxpr is put in line.
     inner = jax.jit(gradients, inline=True)
     arguments = (state.params, state.model_state, batch, state.rng, state.batch_count)
-    refuse_leaked(jax.make_jaxpr(inner)(*arguments).consts, trace.where)
+    traced = jax.make_jaxpr(inner)(*arguments)
+    refuse_leaked(traced.consts, trace.where)
     specs = list(trace.recorder.specs.values())
     if logs_norm := optimizer.clip_value is not None and optimizer.clip_algorithm == "norm":
         specs.append(
@@ -168,7 +172,14 @@ def build_train_step(
         carry = with_totals(state, control), rows
         return lax.fori_loop(control[START], control[STOP], body, carry)
 
-    return Program(single=single, fused=fused, totals=totals, outputs=trace.outputs)
+    return Program(
+        single=single,
+        fused=fused,
+        totals=totals,
+        outputs=trace.outputs,
+        # Addresses of functions differ from process to process.
+        fingerprint=re.sub(r"0x[0-9a-f]+", "", str(traced)),
+    )
 
 
 def build_eval_step(

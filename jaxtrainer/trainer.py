@@ -19,6 +19,7 @@ from jaxtrainer.assemble import eval_plan, fit_plan, predict_plan, step_plan
 from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
+from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.progress_bar import ProgressBar
 from jaxtrainer.checkpoint import find_checkpoint
 from jaxtrainer.checks import require
@@ -162,8 +163,8 @@ class Trainer:
         )
         self.root = Path(default_root_dir or ".")
         for callback in self.callbacks:
-            if isinstance(callback, Checkpoint):
-                callback.dirpath = str(self.root / callback.dirpath)
+            if isinstance(callback, Checkpoint | OnExceptionCheckpoint):
+                callback.dirpath = str(self.root / callback.given_dirpath)
 
     def fit(
         self,
@@ -353,7 +354,8 @@ def _callbacks(given: Any, with_bar: bool, *, saves: bool) -> list[Callback]:
             hint = f"; write `{callback.__name__}()`" if isinstance(callback, type) else ""
             raise ConfigError(f"callbacks must be Callback instances, got {callback!r}{hint}.")
     if not saves:
-        callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
+        savers = (Checkpoint, OnExceptionCheckpoint)
+        callbacks = [c for c in callbacks if not isinstance(c, savers)]
     if with_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
         callbacks.append(ProgressBar())
     keys = [c.state_key for c in callbacks if c.state_dict()]

@@ -84,7 +84,8 @@ class Checkpoint(Callback):
         ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-        self.dirpath = os.fspath(dirpath)
+        self.given_dirpath = os.fspath(dirpath)
+        self.dirpath = self.given_dirpath
         self.monitor = monitor
         self.mode = mode
         self.save_top_k = save_top_k

@@ -40,7 +40,8 @@ class OnExceptionCheckpoint(Callback):
     def __init__(self, dirpath: str | os.PathLike[str]) -> None:
         if not isinstance(dirpath, str | os.PathLike):
             raise ConfigError(f"OnExceptionCheckpoint needs a run directory, got {dirpath!r}.")
-        self.dirpath = os.fspath(dirpath)
+        self.given_dirpath = os.fspath(dirpath)
+        self.dirpath = self.given_dirpath
         self.path: str | None = None
 
     def setup(self, run: Run) -> None:
