@@ -29,7 +29,6 @@ from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
     batch_spec,
     chunk_spec,
-    compile_all,
     control_spec,
     on_mesh,
     shardings,
@@ -226,7 +225,7 @@ def step_plan(session: Session, batch: Any) -> Plan:
 
 
 def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, TrainState]:
-    """Compile the training step and, beside it, what makes the first state; run or restore it."""
+    """Compile the training step and what makes the first state; run that, or restore it."""
     wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
     cache_dir = session.options.cache_dir
     memory = None if cache_dir is None else cache_dir / "dispatch"
@@ -237,7 +236,8 @@ def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, Tra
         if session.path is None:
             lowered = step.init.lower(*step.init_arguments)
             jobs["init"] = functools.partial(lowered.compile, session.initializer.compile_options())
-        compiled = compile_all(jobs)
+        # One after the other: XLA uses every core for one, and each holds 100 MB while it compiles.
+        compiled = {name: job() for name, job in jobs.items()}
         make_state = compiled.pop("init", None)
         return choice.decide(compiled), make_state
 

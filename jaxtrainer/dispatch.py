@@ -1,7 +1,7 @@
 """How many steps one dispatch runs: decided by measurement, on copies, before training.
 
 Inside a loop XLA's CPU backend runs convolutions several times slower, while a small dense
-model gains several times from not returning to Python. Both programs are compiled side by side
+model gains several times from not returning to Python. Both programs are compiled
 and timed. May import levels 0 to 3.
 """
 

@@ -27,6 +27,7 @@ RESIDENT_BYTES = 1 << 30
 """Arrays in memory up to this size are put on the device whole."""
 
 _POLL_S = 0.2
+_SMALL_CHUNK = 1 << 20
 
 
 @dataclass(kw_only=True)
@@ -145,6 +146,9 @@ class Feed:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._in_flight: queue.SimpleQueue[jax.Array] = queue.SimpleQueue()
         self._closed = threading.Event()
+        # Dispatches in flight keep the device busy; large ones would only pile up memory.
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.spec.fed))
+        self._run_ahead = 8 if size * capacity < _SMALL_CHUNK else 2
         stage = self._chunks.options.stage
         self._thread = threading.Thread(
             target=self._work, name=f"jaxtrainer-{stage}-feed", daemon=True
@@ -216,9 +220,8 @@ class Feed:
         return False
 
     def _throttle(self) -> bool:
-        # Two dispatches in flight keep the device busy; more would only pile up memory.
         waited = False
-        while self._in_flight.qsize() > 2:
+        while self._in_flight.qsize() > self._run_ahead:
             token = self._in_flight.get()
             waited = waited or not token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             token.block_until_ready()

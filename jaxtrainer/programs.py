@@ -1,12 +1,11 @@
-"""From traced functions to compiled programs: ahead of time, on threads, from specs alone.
+"""From traced functions to compiled programs: ahead of time, from specs alone.
 
 May import levels 0 to 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,13 +77,6 @@ class Initializer:
         """Return XLA options for programs that run once."""
         small = size_of(self.params)[0] <= _SMALL_MODEL
         return {"xla_backend_optimization_level": 0} if small else {}
-
-
-def compile_all(jobs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Run compilations side by side (XLA releases the interpreter lock); results by name."""
-    with ThreadPoolExecutor(len(jobs), thread_name_prefix="jaxtrainer-compile") as pool:
-        futures = {name: pool.submit(job) for name, job in jobs.items()}
-        return {name: future.result() for name, future in futures.items()}
 
 
 def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:
