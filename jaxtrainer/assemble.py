@@ -55,7 +55,7 @@ class TracedStep:
     Attributes:
         program: Its fused and single form.
         target: Specs of the state, with shardings.
-        init: Lowered function that makes the first state, without metric totals.
+        init: Jitted function that makes the first state, without metric totals.
         arguments: Specs of the program's arguments.
     """
 

@@ -114,17 +114,11 @@ class Source(Protocol):
 
 
 class IndexedSource:
-    """Arrays in memory, read by row index."""
+    """Arrays in memory, read by row index (`chunks.IndexedChunks`) instead of opened."""
 
     def __init__(self, loader: IndexedLoader) -> None:
         self.loader = loader
         self.num_batches = len(loader)
-
-    def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
-        """See `Source.open`."""
-        rows, size = self.loader.batch_indices(epoch), self.loader.batch_size
-        for i in range(start, self.num_batches):
-            yield self.gather(rows[i * size : (i + 1) * size]), None
 
     def gather(self, rows: np.ndarray) -> PyTree:
         """Return the rows of every array, in NumPy."""
@@ -190,7 +184,7 @@ def _copied(leaf: Any) -> Any:
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def open_source(loader: Any, stage: str) -> Source:
+def open_source(loader: Any, stage: str) -> Source | IndexedSource:
     """Return how to read a loader.
 
     Raises:
@@ -200,7 +194,7 @@ def open_source(loader: Any, stage: str) -> Source:
     if why := _why_no_loader(loader):
         raise DataError(f"the {stage} loader is {why}")
     if isinstance(loader, IndexedLoader):
-        source: Source = IndexedSource(loader)
+        source: Source | IndexedSource = IndexedSource(loader)
     elif _is_grain(loader, "MapDataset"):
         source = MapSource(loader)
     else:

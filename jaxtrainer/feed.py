@@ -90,7 +90,7 @@ class Feed:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | IndexedSource,
         options: ReadOptions,
         mesh: Mesh,
         *,

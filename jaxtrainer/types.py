@@ -83,15 +83,3 @@ class StatefulIterator(Protocol):
     def set_state(self, state: Any) -> None:
         """Go to a position that `get_state` returned."""
         ...
-
-
-class Logger(Protocol):
-    """Where reported values go besides the progress bar."""
-
-    def log_metrics(self, metrics: Mapping[str, float], axes: Mapping[str, float]) -> None:
-        """Write scalars; `axes` has `step`, `epoch`, `samples` and `elapsed_s`."""
-        ...
-
-    def close(self, status: str) -> None:
-        """Flush and close; `status` is `"success"`, `"interrupted"` or `"failed"`."""
-        ...
