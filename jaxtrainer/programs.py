@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtrainer.checks import configured_model
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.module import TrainModule
+from jaxtrainer.precision import Precision
 from jaxtrainer.sharding import batch_sharding, replicated
 from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
 from jaxtrainer.step import APPLY, OptimizerOptions, init_opt_state
@@ -33,16 +34,18 @@ class Initializer:
     Args:
         module: The user's module. If it has a trained model, that is where training starts.
         seed: Seed of parameters, dropout and step keys.
+        precision: The dtype in which parameters are kept.
     """
 
-    def __init__(self, module: TrainModule, seed: int) -> None:
+    def __init__(self, module: TrainModule, seed: int, precision: Precision) -> None:
         self.module = module
         self.seed = np.uint32(seed)
+        self.precision = precision
         self.given: tuple[Nested, Nested] | None = None
         self.adapter: Adapter
         if module.model is not None:
             self.adapter = adapter_for(module.model)
-            self.given = self.adapter.split(module.model)
+            self.given = self._split(module.model)
             self.params, self.model_state = abstract(self.given)
         else:
             shapes = jax.eval_shape(self.make_model, self.seed)
@@ -53,7 +56,11 @@ class Initializer:
         model_key = jax.random.split(jax.random.key(seed))[0]
         model = configured_model(self.module, nnx.Rngs(model_key))
         self.adapter = adapter_for(model)
-        return self.adapter.split(model)
+        return self._split(model)
+
+    def _split(self, model: Any) -> tuple[Nested, Nested]:
+        params, model_state = self.adapter.split(model)
+        return self.precision.cast_to_params(params), model_state
 
     def state_fn(self, options: OptimizerOptions) -> tuple[Callable[..., TrainState], tuple]:
         """Return a function that makes the state without metric totals, and its arguments."""

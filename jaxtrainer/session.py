@@ -111,7 +111,7 @@ class Session:
     def initializer(self) -> Initializer:
         """Return the traced model; the first use traces it."""
         if self._init is None:
-            self._init = Initializer(self.module, self.options.seed)
+            self._init = Initializer(self.module, self.options.seed, self.options.precision)
         return self._init
 
     @property
