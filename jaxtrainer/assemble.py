@@ -39,7 +39,6 @@ from jaxtrainer.session import Session
 from jaxtrainer.sharding import place, replicated
 from jaxtrainer.state import TrainState
 from jaxtrainer.step import (
-    OptimizerOptions,
     Program,
     StepOptions,
     build_eval_step,
@@ -47,6 +46,7 @@ from jaxtrainer.step import (
     build_train_step,
 )
 from jaxtrainer.types import PyTree, Stage
+from jaxtrainer.update import OptimizerOptions
 
 
 class TracedStep:

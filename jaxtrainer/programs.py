@@ -19,8 +19,9 @@ from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
 from jaxtrainer.sharding import batch_sharding, replicated
 from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
-from jaxtrainer.step import APPLY, OptimizerOptions, init_opt_state
+from jaxtrainer.step import APPLY
 from jaxtrainer.types import PyTree
+from jaxtrainer.update import OptimizerOptions, init_opt_state
 
 _SMALL_MODEL = 50_000_000
 """Parameters up to which initialisation compiles without optimisation: it runs once."""

@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from jaxtrainer.errors import StepError
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, tracing
-from jaxtrainer.optim import clip
 from jaxtrainer.outputs import (
     batch_weight,
     check_predictions,
@@ -32,6 +30,7 @@ from jaxtrainer.outputs import (
 from jaxtrainer.precision import Precision
 from jaxtrainer.state import Adapter, Nested, TrainState, flat_items
 from jaxtrainer.types import Array, PyTree, Stage
+from jaxtrainer.update import OptimizerOptions, like, optimise
 
 START, STOP, RESET, APPLY = range(4)
 """Slots of the control vector; from `APPLY` on, whether each batch ends an accumulation window."""
@@ -53,16 +52,6 @@ class StepOptions:
     transform: Callable[[PyTree], PyTree] | None = None
     resident: bool = False
     capacity: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """What turns gradients into an update."""
-
-    tx: optax.GradientTransformationExtraArgs
-    accumulate: int = 1
-    clip_value: float | None = None
-    clip_algorithm: str = "norm"
 
 
 @dataclass(kw_only=True)
@@ -87,15 +76,6 @@ class Program:
     def specs(self) -> tuple[MetricSpec, ...]:
         """Return the logged metrics, in the order of a row."""
         return self.totals.specs
-
-
-def init_opt_state(options: OptimizerOptions, params: Nested) -> tuple[PyTree, PyTree]:
-    """Return optimiser state and the empty accumulation window (traced)."""
-    window: PyTree = {}
-    if options.accumulate > 1:
-        grads = jax.tree.map(jnp.zeros_like, params)
-        window = {"grads": grads, "weight": jnp.zeros((), jnp.float32)}
-    return {"default": options.tx.init(params)}, window
 
 
 def build_train_step(
@@ -146,7 +126,7 @@ def build_train_step(
             state.params, state.model_state, batch, state.rng, state.batch_count
         )
         state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
-        state, norm = _optimise(optimizer, state, grads, loss, weight, apply)
+        state, norm = optimise(optimizer, state, grads, loss, weight, apply)
         if logs_norm:
             row = jnp.append(row, norm)
             weights = jnp.append(weights, apply.astype(jnp.float32))
@@ -275,52 +255,8 @@ class _Traced:
             recorder.log("loss", loss)
         self.outputs = {k: _shapes(v) for k, v in outputs.items()}
         weight = batch_weight(outputs, self.where, float(rows))
-        state = _like(model_state, new_state) if training else model_state
+        state = like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
-
-
-def _optimise(
-    options: OptimizerOptions,
-    state: TrainState,
-    grads: PyTree,
-    loss: Array,
-    weight: Array,
-    apply: Array,
-) -> tuple[TrainState, Array]:
-    if options.accumulate == 1:
-        return _update(options, state, grads, loss)
-    window = state.accumulated
-    # The mean over the window weighs each batch by its samples, also in a window cut short.
-    summed = jax.tree.map(lambda a, g: a + weight * g, window["grads"], grads)
-    total = window["weight"] + weight
-
-    def end_window(state: TrainState) -> tuple[TrainState, Array]:
-        mean = jax.tree.map(lambda g: (g / total).astype(g.dtype), summed)
-        state, norm = _update(options, state, mean, loss)
-        empty = {"grads": jax.tree.map(jnp.zeros_like, summed), "weight": jnp.zeros_like(total)}
-        return state._replace(accumulated=empty), norm
-
-    def go_on(state: TrainState) -> tuple[TrainState, Array]:
-        return state._replace(accumulated={"grads": summed, "weight": total}), jnp.zeros(())
-
-    return lax.cond(apply, end_window, go_on, state)
-
-
-def _update(
-    options: OptimizerOptions, state: TrainState, grads: PyTree, loss: Array
-) -> tuple[TrainState, Array]:
-    norm = jnp.zeros(())
-    if options.clip_value is not None:
-        grads, clipped_norm = clip(grads, options.clip_value, options.clip_algorithm)
-        norm = norm if clipped_norm is None else clipped_norm
-    # Optax multiplies its integer counters with floats, which strict promotion refuses.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = options.tx.update(
-            grads, state.opt_state["default"], state.params, value=loss
-        )
-    params = optax.apply_updates(state.params, updates)
-    opt_state = _like(state.opt_state, {"default": opt_state})
-    return state._replace(params=params, opt_state=opt_state), norm
 
 
 def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:
@@ -344,11 +280,6 @@ def _shapes(value: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, value
     )
-
-
-def _like(old: PyTree, new: PyTree) -> PyTree:
-    """Return new with the strong dtypes of old, so that one program serves every step."""
-    return jax.tree.map(lambda o, n: lax.convert_element_type(n, o.dtype), old, new)
 
 
 def _refuse_changed_params(before: Nested, after: Nested, where: str) -> None:

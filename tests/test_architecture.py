@@ -40,6 +40,7 @@ LEVELS = {
     "jaxtrainer.result": 2,
     "jaxtrainer.state": 2,
     "jaxtrainer.summary": 2,
+    "jaxtrainer.update": 2,
     "jaxtrainer.checkpoint": 3,
     "jaxtrainer.step": 3,
     "jaxtrainer.callbacks": 4,
