@@ -11,30 +11,42 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtrainer import callbacks, data, errors
     from jaxtrainer.callback import Callback
+    from jaxtrainer.callbacks.prediction_writer import read_predictions
+    from jaxtrainer.datamodule import DataModule
+    from jaxtrainer.every import Every
     from jaxtrainer.module import TrainModule
+    from jaxtrainer.optim import Optimizer
     from jaxtrainer.result import FitResult
     from jaxtrainer.run import History, Run
     from jaxtrainer.trainer import Trainer
 
 __all__ = [
     "Callback",
+    "DataModule",
+    "Every",
     "FitResult",
     "History",
+    "Optimizer",
     "Run",
     "TrainModule",
     "Trainer",
     "callbacks",
     "data",
     "errors",
+    "read_predictions",
 ]
 
 _HOMES = {
     "Callback": "callback",
+    "DataModule": "datamodule",
+    "Every": "every",
     "FitResult": "result",
     "History": "run",
+    "Optimizer": "optim",
     "Run": "run",
     "TrainModule": "module",
     "Trainer": "trainer",
+    "read_predictions": "callbacks.prediction_writer",
 }
 _MODULES = ("callbacks", "data", "errors")
 

@@ -49,6 +49,19 @@ class ArrayDataset(grain.MapDataset[Any]):
         self.shard = _checked_shard(shard, self.batch_size)
         self._cached: tuple[int, np.ndarray] | None = None
 
+    def with_batch_size(self, batch_size: int) -> ArrayDataset:
+        """Return the same arrays in batches of another size."""
+        return ArrayDataset(
+            self.arrays,
+            batch_size=batch_size,
+            shuffle=self.is_shuffled,
+            seed=self.order_seed,
+            drop_remainder=self.drop_remainder,
+            device_transform=self.device_transform,
+            device_resident=self.device_resident,
+            shard=self.shard,
+        )
+
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole if self.drop_remainder or not rest else whole + 1

@@ -6,25 +6,27 @@ Everything here happens once a call, before its loop starts.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
+from jaxtrainer.averaging import evaluated
 from jaxtrainer.checkpoint import check_state, restore_state
 from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_of
 from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
-from jaxtrainer.feed import Feed, FeedSpec
+from jaxtrainer.evaluation import check_first_batch, eval_plan, step_options, totals_spec
+from jaxtrainer.feed import FeedSpec
+from jaxtrainer.loaders import loaders_by_name, series_of_loader
 from jaxtrainer.loops.evaluate import EvalPlan, evaluate
 from jaxtrainer.loops.fit import FitPlan
-from jaxtrainer.loops.predict import PredictPlan
 from jaxtrainer.loops.report import Reporter
+from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import refuse_stale, thaw
-from jaxtrainer.optim import parse_optimizer
-from jaxtrainer.options import validation_period, when_to_validate
+from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
 from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
     batch_spec,
@@ -37,16 +39,10 @@ from jaxtrainer.programs import (
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import place, replicated
-from jaxtrainer.state import TrainState
-from jaxtrainer.step import (
-    Program,
-    StepOptions,
-    build_eval_step,
-    build_predict_step,
-    build_train_step,
-)
-from jaxtrainer.types import PyTree, Stage
-from jaxtrainer.update import OptimizerOptions
+from jaxtrainer.state import TrainState, flat_items
+from jaxtrainer.step import Program, build_train_step
+from jaxtrainer.update import OptimizerOptions, UpdateHook
+from jaxtrainer.validation import build_schedule
 
 
 class TracedStep:
@@ -57,25 +53,33 @@ class TracedStep:
         target: Specs of the state, with shardings.
         init: Jitted function that makes the first state, without metric totals.
         arguments: Specs of the program's arguments.
+        rows: Samples of a batch.
+        trained: Names of the parameters that an optimiser changes.
     """
 
     def __init__(self, session: Session, spec: FeedSpec, transform: Any, capacity: int) -> None:
         options, init = session.options, session.initializer
-        returned = session.module.configure_optimizers()
+        self.rows = spec.rows
         optimizer = OptimizerOptions(
-            tx=parse_optimizer(returned, type(session.module).__name__),
-            accumulate=options.accumulate,
+            optimizers=_optimizers(session),
+            accumulate=max(session.run.accumulation.values()),
             clip_value=options.clip_value,
             clip_algorithm=options.clip_algorithm,
+            hooks=_update_hooks(session),
+            is_manual=not session.module.automatic_optimization,
         )
-        make_state, self.init_arguments = init.state_fn(optimizer)
+        self.trained = set(owners(optimizer.optimizers))
+        if optimizer.is_manual:
+            refuse_options(optimizer, type(session.module).__name__)
+        averaging = session.hooks.averaging(session.run)
+        make_state, self.init_arguments = init.state_fn(optimizer, averaging)
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
-        step_options = _step_options(session, spec, transform, capacity)
+        of_step = step_options(session, spec, transform, capacity)
         batch = batch_spec(spec, session.mesh, spec.rows)
-        self.program = build_train_step(step_options, optimizer, without_totals, batch)
-        self.target = without_totals._replace(totals=_totals_spec(session, self.program))
+        self.program = build_train_step(of_step, optimizer, without_totals, batch, averaging)
+        self.target = without_totals._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
             specs_of(spec.resident),
@@ -83,6 +87,20 @@ class TracedStep:
             control_spec(capacity),
         )
         self._out = (shardings(self.target), replicated(session.mesh))
+
+    def plan(self, session: Session, compiled: Any) -> Plan:
+        """Return what a step costs, from a compiled form of the program."""
+        # Of one step also where `compiled` is fused; nothing is compiled for it.
+        flops = (self.lower(self.program.single).cost_analysis() or {}).get("flops", math.nan)
+        return plan_of(
+            compiled,
+            self.target,
+            flops=flops,
+            batch_size=self.rows,
+            num_devices=session.mesh.size,
+            frozen=frozenset({name for name, _ in flat_items(self.target.params)} - self.trained),
+            modules=session.initializer.adapter.types,
+        )
 
     def lower(self, fn: Callable[..., Any]) -> Any:
         """Lower a form of the program, with its state donated."""
@@ -98,17 +116,24 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         capacity = session.record["program"]["capacity"]
     step = TracedStep(session, feed.spec, device_transform_of(train_loader), capacity)
     totals = step.program.totals
-    _check_first_batch(session, "train", feed, step.program)
+    run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}
+    check_first_batch(session, "train", feed, step.program)
+    if options.overfit is not None and val_loader is not None:
+        names = loaders_by_name(val_loader, "validate")
+        val_loader = train_loader if None in names else dict.fromkeys(names, train_loader)
     evaluation = None if val_loader is None else eval_plan(session, "validate", val_loader)
     _check_monitors(session, step.program, evaluation)
-    period = validation_period(options.val_check_interval, run.num_batches)
+    schedule = build_schedule(
+        options.val_check_interval, options.check_val_every_n_epoch, run.num_batches
+    )
     if session.path is not None:
         check_state(session.path, step.target)
     dispatch, run.state = _compile_and_init(session, step)
     if evaluation is not None:
-        evaluation.fused = dispatch.fused and evaluation.capacity > 1
+        evaluation.fuse(dispatch.fused)
     session.load_callbacks()
     run.capture = lambda: session.capture(dispatch)
+    run.make_plan = lambda: step.plan(session, dispatch.step)
     hooks.on_fit_start(run)
     plan = FitPlan(
         step=dispatch.step,
@@ -118,86 +143,13 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         hooks=hooks,
         reporter=Reporter(totals, options.log_every_n_steps, hooks),
         validate=None if evaluation is None else functools.partial(_validate, evaluation),
-        should_validate=when_to_validate(period, options.check_val_every_n_epoch),
-        val_every_n_batches=None if evaluation is None else period,
+        schedule=schedule,
         fused=dispatch.fused,
         refuse_stale=functools.partial(refuse_stale, session.module),
     )
     if evaluation is not None and session.record is None:
         _sanity_check(session, evaluation)
     return plan
-
-
-def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
-    """Return what the evaluation loop drives; its programs compile on first use."""
-    feed, init, mesh = session.feed(loader, stage), session.initializer, session.mesh
-    spec, transform = feed.spec, device_transform_of(loader)
-    variables = on_mesh((init.params, init.model_state), mesh)
-    capacity = chunk_capacity(session.options.steps_per_dispatch, spec.fed, feed.num_batches)
-
-    def build(rows: int) -> Program:
-        batches = capacity if rows == feed.rows else 1
-        options = _step_options(session, spec, transform, batches)
-        batch = batch_spec(spec, mesh, rows)
-        return build_eval_step(options, stage, variables[0], variables[1], batch)
-
-    whole = build(feed.rows)
-    _check_first_batch(session, stage, feed, whole)
-
-    @functools.cache
-    def step_for(rows: int) -> Callable[..., Any]:
-        is_whole = rows == feed.rows
-        program, batches = (whole, capacity) if is_whole else (build(rows), 1)
-        arguments = (
-            *variables,
-            _totals_spec(session, program),
-            specs_of(spec.resident),
-            chunk_spec(spec, mesh, rows, batches),
-            control_spec(batches),
-        )
-        fn = program.fused if plan.fused and is_whole else program.single
-        jitted = jax.jit(fn, donate_argnums=2, out_shardings=replicated(mesh))
-        name = f"{stage} step" if is_whole else f"{stage} step for the last {rows} rows"
-        return session.compile(name, lambda: jitted.lower(*arguments).compile())
-
-    # On its own an evaluation runs step by step; in `fit` as was measured for training.
-    plan = EvalPlan(
-        stage=stage,
-        step_for=step_for,
-        totals=whole.totals,
-        resident=spec.resident,
-        feed=feed,
-        hooks=session.hooks,
-        fused=False,
-        capacity=capacity,
-    )
-    return plan
-
-
-def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]) -> PredictPlan:
-    """Return what the prediction loop drives."""
-    feed, mesh = session.feed(loader, "predict"), session.mesh
-    spec, transform = feed.spec, device_transform_of(loader)
-    capacity = chunk_capacity("auto", spec.fed, feed.num_batches)
-    fn = build_predict_step(_step_options(session, spec, transform, capacity))
-
-    @functools.cache
-    def step_for(rows: int) -> Callable[..., Any]:
-        is_whole = rows == feed.rows
-        chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
-        arguments = (*variables, specs_of(spec.resident), chunk, np.int32(0))
-        name = "predict step" if is_whole else f"predict step for the last {rows} rows"
-        # Traced before the compilation is announced, so that a bad step is found before it.
-        lowered = jax.jit(fn).lower(*arguments)
-        return session.compile(name, lowered.compile)
-
-    return PredictPlan(
-        step_for=step_for,
-        resident=spec.resident,
-        feed=feed,
-        hooks=session.hooks,
-        capacity=capacity,
-    )
 
 
 def step_plan(session: Session, batch: Any) -> Plan:
@@ -218,10 +170,9 @@ def step_plan(session: Session, batch: Any) -> Plan:
         spec, transform = replace(spec, fed=spec.batch, resident=None), device_transform_of(batch)
     try:
         step = TracedStep(session, spec, transform, 1)
-        compiled = step.lower(step.program.single).compile()
+        return step.plan(session, step.lower(step.program.single).compile())
     finally:
         thaw(session.module)
-    return plan_of(compiled, step.target, spec.rows, session.mesh.size)
 
 
 def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, TrainState]:
@@ -251,38 +202,43 @@ def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, Tra
     return dispatch, make_state(*step.init_arguments)._replace(totals=totals)
 
 
-def _step_options(session: Session, spec: FeedSpec, transform: Any, capacity: int) -> StepOptions:
-    return StepOptions(
-        module=session.module,
-        adapter=session.initializer.adapter,
-        precision=session.options.precision,
-        traced=session.hooks.traced,
-        transform=transform,
-        resident=spec.resident is not None,
-        capacity=capacity,
-    )
+def _update_hooks(session: Session) -> tuple[UpdateHook, ...]:
+    hooks, reports = [], session.options.log_every_n_steps
+    for callback in session.hooks.traced_updates:
+        every = callback.traced_update_every or reports
+        if every % reports:
+            raise ConfigError(
+                f"{type(callback).__name__} looks at every {every} steps, but reports come every "
+                f"{reports}; use a multiple, or `Trainer(log_every_n_steps={every})`."
+            )
+        hooks.append(UpdateHook(call=callback.traced_update, every=every))
+    return tuple(hooks)
 
 
-def _totals_spec(session: Session, program: Program) -> jax.ShapeDtypeStruct:
-    sharding = replicated(session.mesh)
-    return jax.ShapeDtypeStruct(program.totals.shape, np.float32, sharding=sharding)
-
-
-def _check_first_batch(session: Session, stage: Stage, feed: Feed, program: Program) -> None:
-    session.run.prog_bar |= {spec.name for spec in program.specs if spec.prog_bar}
-    for check in session.hooks.checks:
-        check(stage, feed.first, program.outputs)
+def _optimizers(session: Session) -> dict[str, Optimizer]:
+    """Return the module's optimisers, as the callbacks leave them, with what each owns."""
+    module, init = session.module, session.initializer
+    variables = init.adapter.variables(init.params)
+    returned = module.configure_optimizers()
+    optimizers = parse_optimizers(returned, type(module).__name__, variables)
+    for wrap in session.hooks.optimizer_wraps:
+        where = f"{type(wrap.__self__).__name__}.wrap_optimizers"
+        optimizers = resolve(wrap(session.run, optimizers), where, variables)
+    return optimizers
 
 
 def _check_monitors(session: Session, program: Program, evaluation: EvalPlan | None) -> None:
-    specs = (*program.specs, *(evaluation.totals.specs if evaluation else ()))
+    specs = (*program.specs, *(evaluation.specs if evaluation else ()))
     series = [spec.name for spec in specs]
+    loaders = [loader.name for loader in evaluation.loaders] if evaluation else []
     for callback in session.hooks.callbacks:
         name = getattr(callback, "monitor", None)
         if name is None or name in series:
             continue
         # A hook of the user's may log it later, so that then only a plain slip is refused.
-        same = [s for s in series if s.endswith(f"/{name}") or s == name.replace("_", "/", 1)]
+        plain = name.replace("_", "/", 1)
+        forms = {plain, *(series_of_loader(n, of) for n in (name, plain) for of in loaders)}
+        same = [s for s in series if s.endswith(f"/{name}") or s in forms]
         close = did_you_mean(name, same or series, 0.9 if session.hooks.may_log else 0.5)
         close = close or did_you_mean(name, same, 0.0)
         if close or not session.hooks.may_log:
@@ -294,14 +250,18 @@ def _check_monitors(session: Session, program: Program, evaluation: EvalPlan | N
 
 def _validate(plan: EvalPlan, run: Run) -> None:
     with run.timings.phase("validate"):
-        evaluate(run, plan, run.state.params, run.state.model_state)
+        evaluate(run, plan, *evaluated(run.state))
 
 
 def _sanity_check(session: Session, plan: EvalPlan) -> None:
     """Run a few validation batches, so that an error there does not wait for an epoch's end."""
     count, run = session.options.num_sanity_val_steps, session.run
     # What can be read once only is left for the first validation.
-    if count and not getattr(plan.feed.source, "is_one_shot", False):
+    loaders = [x for x in plan.loaders if not getattr(x.feed.source, "is_one_shot", False)]
+    if count and loaders:
+        run.stage = "sanity"
         session.hooks.on_sanity_check_start(run)
-        evaluate(run, plan, run.state.params, run.state.model_state, limit=count)
+        some = replace(plan, loaders=loaders)
+        evaluate(run, some, *evaluated(run.state), limit=count)
         session.hooks.on_sanity_check_end(run)
+        run.stage = "fit"

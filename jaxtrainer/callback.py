@@ -6,12 +6,16 @@ Runs on the host only. May import `run` and what lies below it; knows no concret
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxtrainer.averaging import Averaging
 from jaxtrainer.errors import ConfigError, did_you_mean
+from jaxtrainer.optim import Optimizer
+from jaxtrainer.probe import Probe
 from jaxtrainer.run import Run
 from jaxtrainer.types import LogFn, PyTree, Stage
+from jaxtrainer.vocabulary import IN_THE_STEP, RENAMED
 
 Hook = Callable[..., None]
 
@@ -24,9 +28,14 @@ class Callback:
     as EarlyStopping) or 2 (it saves, as Checkpoint) comes after the module.
 
     Attributes:
-        order: 0, 1 or 2, see above.
+        order: 0, 1 or 2, see above; of two that tune, the lower one goes first.
         every_n_train_steps: If set, fused dispatches end at every multiple of this many
             optimiser steps, so that `on_train_batch_end` sees the state of exactly that step.
+        at_train_steps: They end at these optimiser steps too.
+        traced_update_every: `traced_update` runs near multiples of this many batches, itself a
+            multiple of `log_every_n_steps`, which is the default.
+        accumulation: If set, batches to an update from each epoch on, `{0: 1, 4: 2}`, in place of
+            the trainer's `accumulate_grad_batches`.
         may_log: Whether its hooks may log series. If no hook does, a monitored series that no
             step logs is refused before anything compiles.
 
@@ -38,6 +47,9 @@ class Callback:
 
     order: int = 0
     every_n_train_steps: int | None = None
+    at_train_steps: Sequence[int] = ()
+    traced_update_every: int | None = None
+    accumulation: Mapping[int, int] | None = None
     may_log: bool = True
 
     def setup(self, run: Run) -> None:
@@ -78,6 +90,8 @@ class Callback:
 
     def on_train_batch_start(self, run: Run, batch: PyTree, batch_idx: int) -> int | None:
         """A batch is about to run; return -1 to skip the rest of the epoch.
+
+        An accumulation window that is open then goes on in the next epoch.
 
         Overriding this asks for control between any two steps: each dispatch is then one step.
         """
@@ -147,8 +161,11 @@ class Callback:
     ) -> None:
         """`outputs` is what `predict_step` returned, as NumPy arrays."""
 
-    def on_report(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Step values have reached the host, one report interval late."""
+    def on_report(self, run: Run, metrics: Mapping[str, float], step: int) -> None:
+        """The values of optimiser step `step` have reached the host.
+
+        One report interval late: `run.global_step` is a later step.
+        """
 
     def on_save_point(self, run: Run) -> None:
         """The state is complete: after each dispatch and its validation, and after each epoch."""
@@ -181,6 +198,59 @@ class Callback:
         `batch` the batch after the device transform.
         """
 
+    def traced_update(self, grads: PyTree, params: PyTree, updates: PyTree, log: LogFn) -> None:
+        """Add to the compiled step a look at an update: pure JAX, recorded with `log`.
+
+        Runs on the device where a report will show what it logs, and nowhere else: values are
+        reported for steps only, have no epoch mean, and are -inf in `on_train_batch_end` where
+        they were not computed. Under accumulation they are those of the latest update.
+
+        Args:
+            grads: Gradients before clipping, nested dicts; under accumulation the window's mean.
+            params: The parameters before the update, those that some optimiser owns.
+            updates: What is added to them.
+            log: As `TrainModule.log`.
+        """
+
+    def averaging(self, run: Run) -> Averaging:
+        """Return how the compiled step averages weights; evaluations then use the average.
+
+        Asked before the step is traced, of one callback at most.
+        """
+        raise NotImplementedError
+
+    def tune(self, probe: Probe) -> None:
+        """Choose what the run is made of, before its step is compiled: a rate, a batch size.
+
+        Comes after `setup`, in `fit` and in `Trainer.tune`. On a resumed run `load_state_dict`
+        was called before it, and what was chosen is to be set, not chosen again.
+        """
+
+    def wrap_optimizers(
+        self, run: Run, optimizers: Mapping[str, Optimizer]
+    ) -> Mapping[str, Optimizer]:
+        """Return the optimisers to train with, in place of those that it gets.
+
+        Runs before anything is traced, with `run.num_batches` and `run.accumulate` known. The
+        `wrt` of each is a tuple of parameter names. A transformation may be wrapped
+        (`dataclasses.replace(optimizer, tx=optax.chain(optimizer.tx, ...))`), and an optimiser may
+        be divided: `"gan.encoder"` belongs to `"gan"`, and is updated with it. What a
+        transformation counts belongs into its state, which is saved and restored.
+        """
+        return optimizers
+
+    def wrap_hook(self, name: str, owner: object, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is called in place of a hook, e.g. the hook with a clock around it.
+
+        Asked for every hook that somebody overrides, when a call of the trainer begins.
+
+        Args:
+            name: Name of the hook.
+            owner: The callback or module that has it.
+            hook: The hook; its first argument is the run.
+        """
+        return hook
+
     def check_batch(self, stage: Stage, batch: PyTree, outputs: Mapping[str, Any]) -> None:
         """Look at the first batch (NumPy) and the shapes of what the step returns for it.
 
@@ -195,29 +265,7 @@ def _hook_names() -> tuple[str, ...]:
 HOOKS = _hook_names()
 """All hooks, in the order in which `Callback` lists them."""
 
-_IN_THE_STEP = {
-    "on_before_backward": "write it into `training_step`",
-    "on_after_backward": "write it into an Optax transform in `configure_optimizers`",
-    "on_before_optimizer_step": "write it into an Optax transform in `configure_optimizers`",
-    "on_before_zero_grad": "there are no gradient buffers to clear",
-    "on_before_batch_transfer": "transform the batch in the loader",
-    "on_after_batch_transfer": "pass `device_transform=` to the loader (`data.on_device`)",
-    "optimizer_step": "write it into an Optax transform in `configure_optimizers`",
-    "lr_scheduler_step": "pass the schedule to the optimizer: `optax.adam(schedule)`",
-    "configure_gradient_clipping": "pass `Trainer(gradient_clip_val=...)`, or chain `optax.clip`",
-}
-_RENAMED = {
-    "on_epoch_start": "on_train_epoch_start",
-    "on_epoch_end": "on_train_epoch_end",
-    "on_batch_start": "on_train_batch_start",
-    "on_batch_end": "on_train_batch_end",
-    "on_keyboard_interrupt": "on_exception",
-    "training_epoch_end": "on_train_epoch_end",
-    "validation_epoch_end": "on_validation_epoch_end",
-    "test_epoch_end": "on_test_epoch_end",
-    "predict_epoch_end": "on_predict_epoch_end",
-}
-_FOREIGN = {"trainer", "pl_module", "stage"}
+_FOREIGN = {"trainer", "pl_module", "stage", "dataloader_idx"}
 """Lightning's parameters, by which a hook that was written for it is known."""
 
 
@@ -233,24 +281,44 @@ class CallbackList:
 
     def __init__(self, callbacks: Iterable[Callback], module: object) -> None:
         self.callbacks = list(callbacks)
-        early = [c for c in self.callbacks if c.order == 0]
+        early = [c for c in self.callbacks if c.order <= 0]
         late = sorted((c for c in self.callbacks if c.order > 0), key=lambda c: c.order)
         self._owners = [*early, module, *late]
         for owner in self._owners:
             check_hooks(owner)
+        self._wraps = [c.wrap_hook for c in self.callbacks if _overrides(c, "wrap_hook")]
         self._called = {name: self._overrides(name) for name in HOOKS}
         for name, calls in self._called.items():
             setattr(self, name, _in_turn(name, calls))
         self.traced = [c.traced_step for c in self.callbacks if _overrides(c, "traced_step")]
         steps = {c.every_n_train_steps for c in self.callbacks if c.every_n_train_steps}
         self.periods = tuple(sorted(steps))
+        self.stops = tuple(sorted({step for c in self.callbacks for step in c.at_train_steps}))
+        self.optimizer_wraps = [
+            c.wrap_optimizers for c in self.callbacks if _overrides(c, "wrap_optimizers")
+        ]
         self.checks = [c.check_batch for c in self.callbacks if _overrides(c, "check_batch")]
+        self.traced_updates = [c for c in self.callbacks if _overrides(c, "traced_update")]
+        self.accumulations = [c.accumulation for c in self.callbacks if c.accumulation is not None]
+        self._averagers = [c for c in self.callbacks if _overrides(c, "averaging")]
+        if len(self._averagers) > 1:
+            names = " and ".join(type(c).__name__ for c in self._averagers)
+            raise ConfigError(
+                f"{names} both average the weights, and evaluations can use one average: keep one."
+            )
+        self.tuners = sorted(filter(tunes, self.callbacks), key=lambda c: c.order)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def _overrides(self, name: str) -> list[Callable[..., Any]]:
-        return [getattr(o, name) for o in self._owners if _overrides(o, name)]
+        return [self._wrapped(name, o) for o in self._owners if _overrides(o, name)]
+
+    def _wrapped(self, name: str, owner: object) -> Callable[..., Any]:
+        hook = getattr(owner, name)
+        for wrap in self._wraps:
+            hook = wrap(name, owner, hook)
+        return hook
 
     def has(self, name: str) -> bool:
         """Return whether anybody overrides the hook."""
@@ -262,6 +330,15 @@ class CallbackList:
         owners = [o for o in self._owners if getattr(o, "may_log", True)]
         hooks = [n for n in HOOKS if n.startswith(("on_train", "on_validation", "on_report"))]
         return any(_overrides(owner, name) for owner in owners for name in hooks)
+
+    @property
+    def averages(self) -> bool:
+        """Whether a callback averages the weights."""
+        return bool(self._averagers)
+
+    def averaging(self, run: Run) -> Averaging | None:
+        """Return how weights are averaged, if they are."""
+        return self._averagers[0].averaging(run) if self._averagers else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by `state_key`."""
@@ -282,6 +359,11 @@ def _overrides(owner: object, name: str) -> bool:
     return own is not None and own is not getattr(Callback, name)
 
 
+def tunes(callback: Callback) -> bool:
+    """Return whether the callback wants to choose something before training."""
+    return _overrides(callback, "tune")
+
+
 def _in_turn(name: str, calls: list[Callable[..., Any]]) -> Callable[..., Any]:
     if not calls:
         return no_hook
@@ -293,11 +375,11 @@ def _in_turn(name: str, calls: list[Callable[..., Any]]) -> Callable[..., Any]:
         return -1 if -1 in results else None
 
     def call_every(*args: Any) -> None:
-        errors = []
+        errors: list[BaseException] = []
         for call in calls:
             try:
                 call(*args)
-            except Exception as error:
+            except BaseException as error:
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -318,10 +400,10 @@ def check_hooks(owner: object) -> None:
 
 def _why_not_called(name: str) -> str:
     """Return what is wrong with a method that looks like a hook, or an empty string."""
-    if name in _IN_THE_STEP:
-        return f", because the whole step is one compiled program: {_IN_THE_STEP[name]}."
-    if name in _RENAMED or (name.endswith(("_start", "_end")) and f"on_{name}" in HOOKS):
-        return f"; the hook is `{_definition(_RENAMED.get(name, f'on_{name}'))}`."
+    if name in IN_THE_STEP:
+        return f", because the whole step is one compiled program: {IN_THE_STEP[name]}."
+    if name in RENAMED or (name.endswith(("_start", "_end")) and f"on_{name}" in HOOKS):
+        return f"; the hook is `{_definition(RENAMED.get(name, f'on_{name}'))}`."
     if not name.startswith("on_"):
         return ""
     hint = did_you_mean(name.replace("_val_", "_validation_"), HOOKS, cutoff=0.8)
@@ -337,9 +419,10 @@ def _check_parameters(owner: object, name: str) -> None:
     except TypeError:
         fits = False
     if not fits:
+        hint = " `run.loader_name` says which loader it is." if "dataloader_idx" in got else ""
         raise ConfigError(
             f"{type(owner).__name__}.{name}({', '.join(['self', *got])}) does not fit; write "
-            f"`{_definition(name)}`."
+            f"`{_definition(name)}`.{hint}"
         )
 
 

@@ -30,7 +30,13 @@ from jaxtrainer.state import Nested, TrainState, size_of
 
 PREFIX = "step"
 RECORD = "record"
-ITEMS = ("params", "model_state", "opt_state", "accumulated")
+ITEMS = ("params", "model_state", "opt_state", "accumulated", "averaged")
+_OPTIONAL = {
+    "accumulated": "accumulate_grad_batches",
+    "averaged": "averaged weights; pass the same EMA or StochasticWeightAveraging, or none",
+}
+"""Items that not every run has, and what decides it."""
+
 HOST_COPY_BYTES = 1 << 30
 """Size up to which a state is copied to the host before it is written."""
 
@@ -229,6 +235,12 @@ def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         return dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
 
 
+def saved_names(path: Path, item: str) -> list[str]:
+    """Return the names of the arrays in an item of a checkpoint; none if it has no such item."""
+    with _failing_as(f"reading {path}"), _reader() as reader:
+        return [*_table(reader.metadata(path).item_metadata.get(item))]
+
+
 def _items(state: TrainState) -> Nested:
     # Orbax refuses an empty item; what is empty now is empty when restored, too.
     items = {name: getattr(state, name) for name in ITEMS}
@@ -273,8 +285,8 @@ def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
         found = reader.metadata(path).item_metadata
     for name, item in wanted.items():
         saved, here = _table(found.get(name)), _table(item)
-        if name == "accumulated" and bool(saved) != bool(here):
-            lines.append(f"{name}: saved {'with' if saved else 'without'} accumulate_grad_batches")
+        if name in _OPTIONAL and bool(saved) != bool(here):
+            lines.append(f"{name}: saved {'with' if saved else 'without'} {_OPTIONAL[name]}")
         else:
             lines += _differences(name, saved, here)
     if lines:

@@ -11,10 +11,24 @@ from typing import Any
 
 from jaxtrainer.errors import AttributeChangedError, ConfigError
 from jaxtrainer.frozen import kept_tracers
-from jaxtrainer.module import TrainModule
+from jaxtrainer.module import TrainModule, step_name
+from jaxtrainer.types import Stage
 
-_PARAMETERS = {"configure_model": ("rngs",), "configure_optimizers": ()}
+_OPTIONAL = (
+    "configure_callbacks",
+    "prepare_data",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+)
+_PARAMETERS = {
+    "configure_model": ("rngs",),
+    "configure_optimizers": (),
+    **dict.fromkeys(_OPTIONAL, ()),
+}
 _STEP = ("model", "batch")
+_EVALUATES = ("validation_step", "test_step", "predict_step")
 
 
 def require(module: Any, names: tuple[str, ...]) -> None:
@@ -29,6 +43,7 @@ def require(module: Any, names: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"{type(module).__name__} has no `{name}`; write `{_definition(name)}`.{rename}"
             )
+    for name in (*names, *_OPTIONAL):
         _check_parameters(module, name)
 
 
@@ -46,15 +61,19 @@ def _check_parameters(module: TrainModule, name: str) -> None:
         name = "validation_step"
     signature = inspect.signature(getattr(module, name))
     wanted, got = _PARAMETERS.get(name, _STEP), list(signature.parameters)
+    takes_name = name in _EVALUATES and "loader_name" in got
     try:
-        signature.bind(*wanted)
+        signature.bind(*wanted, **({"loader_name": ""} if takes_name else {}))
     except TypeError:
         fits = False
     else:
         # Lightning's `(self, batch, batch_idx)` takes as many arguments, but other ones.
         fits = not wanted[1:] or (got[0] != "batch" and "batch_idx" not in got[:2])
+        fits = fits and "dataloader_idx" not in got
     if not fits:
         hint = " The index of the batch is an argument of the hooks." if "batch_idx" in got else ""
+        if "dataloader_idx" in got and name in _EVALUATES:
+            hint = " For the loader's name add a parameter `loader_name`."
         raise ConfigError(
             f"{type(module).__name__}.{name}({', '.join(['self', *got])}) does not fit; write "
             f"`{_definition(name)}`.{hint}"
@@ -63,6 +82,26 @@ def _check_parameters(module: TrainModule, name: str) -> None:
 
 def _definition(name: str) -> str:
     return f"def {name}({', '.join(('self', *_PARAMETERS.get(name, _STEP)))})"
+
+
+def loader_arguments(module: TrainModule, stage: Stage, loader_name: str | None) -> dict[str, str]:
+    """Return what an evaluation step gets beside model and batch: the loader's name, if it asks.
+
+    Raises:
+        ConfigError: If it asks, and the loader has none.
+    """
+    name = step_name(module, stage)
+    parameter = inspect.signature(getattr(module, name)).parameters.get("loader_name")
+    if parameter is None:
+        return {}
+    if loader_name is not None:
+        return {"loader_name": loader_name}
+    if parameter.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(module).__name__}.{name} takes `loader_name`, but the {stage} loader has no "
+            "name; pass it in a dict, `{'clean': loader}`, or write `loader_name=None`."
+        )
+    return {}
 
 
 def configured_model(module: TrainModule, rngs: Any) -> Any:

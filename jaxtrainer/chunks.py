@@ -267,6 +267,8 @@ def _limited(chunks: Any, limit: int | None) -> Any:
 def _gather(array: np.ndarray, block: np.ndarray, capacity: int) -> np.ndarray:
     size, rows = block.shape
     chunk = np.empty((capacity, rows, *array.shape[1:]), array.dtype)
+    # Never read on the device, but looked at like the rest for numbers that do not fit.
+    chunk[size:] = 0
     flat = chunk[:size].reshape(size * rows, *array.shape[1:])
     array.take(block.reshape(-1), axis=0, out=flat, mode="clip")
     return chunk

@@ -18,13 +18,6 @@ import numpy as np
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.types import IndexedLoader, PyTree, StatefulIterator
 
-_NARROW = {
-    "int64": np.int32,
-    "uint64": np.uint32,
-    "float64": np.float32,
-    "complex128": np.complex64,
-}
-
 
 def from_arrays(
     arrays: PyTree,
@@ -87,14 +80,24 @@ class OnDevice:
     def __len__(self) -> int:
         return len(self.loader)
 
+    def __getattr__(self, name: str) -> Any:
+        if name != "with_batch_size":
+            raise AttributeError(f"OnDevice has no attribute {name!r}")
+        make = self.loader.with_batch_size
+        return lambda batch_size: OnDevice(make(batch_size), self.device_transform)
+
 
 def on_device(loader: Any, transform: Callable[[PyTree], PyTree]) -> OnDevice:
     """Return the loader with a pure JAX function applied to each batch inside the step.
 
+    A loader that has a transform already keeps it: `transform` comes after it.
+
     Example:
         >>> loader = on_device([{"x": np.zeros((2, 3), np.uint8)}], lambda b: {"x": b["x"] / 255})
     """
-    return OnDevice(loader, transform)
+    first = device_transform_of(loader)
+    inner = loader.loader if isinstance(loader, OnDevice) else loader
+    return OnDevice(inner, transform if first is None else lambda batch: transform(first(batch)))
 
 
 class Source(Protocol):
@@ -204,6 +207,16 @@ def open_source(loader: Any, stage: str) -> Source | IndexedSource:
     return source
 
 
+def first_batches(source: Source | IndexedSource, limit: int | None) -> Source | IndexedSource:
+    """Return a source whose epoch 0 always has the same first batches, in the same order.
+
+    Only a loader that is iterated anew may give others each time: of it they are kept in memory.
+    """
+    if limit is None or not isinstance(source, IterableSource):
+        return source
+    return IterableSource([batch for batch, _ in itertools.islice(source.open(0, 0), limit)])
+
+
 WHY_EMPTY = (
     "One that drops its remainder is empty when there are fewer samples than a batch: use a "
     "smaller batch size."
@@ -237,12 +250,12 @@ def device_transform_of(loader: Any) -> Callable[[PyTree], PyTree] | None:
 
 
 def as_host_batch(batch: PyTree, where: str = "batch") -> PyTree:
-    """Return the batch with NumPy leaves, 64-bit numbers narrowed to what JAX computes in.
+    """Return the batch with NumPy leaves, 64-bit numbers narrowed unless JAX computes in them.
 
     `where` is the batch's name, for messages.
 
     Raises:
-        DataError: For a leaf that is no number, naming it.
+        DataError: For a leaf that is no number, or has one beyond 32 bits, naming it.
     """
 
     def convert(path: Any, leaf: Any) -> Any:
@@ -254,7 +267,15 @@ def as_host_batch(batch: PyTree, where: str = "batch") -> PyTree:
                 f"{where}: leaf {leaf_name(path)} has dtype {array.dtype}, which no device can "
                 "hold; drop or encode it in the loader."
             )
-        return array.astype(_NARROW.get(array.dtype.name, array.dtype), copy=False)
+        narrow = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+        if narrow is not array and array.dtype.kind in "iu" and not np.array_equal(narrow, array):
+            wrong = array[narrow != array].flat[0]
+            raise DataError(
+                f"{where}: leaf {leaf_name(path)} holds {wrong}, which does not fit {narrow.dtype};"
+                " JAX computes in 32 bits unless `jax_enable_x64` is set. Map such numbers to "
+                "smaller ones in the loader."
+            )
+        return narrow
 
     return jax.tree_util.tree_map_with_path(convert, batch)
 

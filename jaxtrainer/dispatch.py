@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrainer.control import STOP
 from jaxtrainer.sharding import is_lockstep
-from jaxtrainer.step import STOP, Program
+from jaxtrainer.step import Program
 from jaxtrainer.types import PyTree
 
 MAX_STEPS = 32

@@ -108,7 +108,7 @@ class Feed:
         self._chunks: Chunks
         resident = None
         if isinstance(source, IndexedSource):
-            if _is_resident(source.loader):
+            if is_resident(source.loader):
                 resident = place(as_host_batch(source.loader.arrays), replicated(mesh))
             self._chunks = IndexedChunks(source, options, gathers=resident is None)
         else:
@@ -228,7 +228,8 @@ class Feed:
         return waited
 
 
-def _is_resident(loader: IndexedLoader) -> bool:
+def is_resident(loader: IndexedLoader) -> bool:
+    """Return whether arrays in memory are to be put on the device whole."""
     asked = getattr(loader, "device_resident", None)
     size = sum(a.nbytes for a in jax.tree.leaves(loader.arrays))
     return size <= RESIDENT_BYTES if asked is None else asked

@@ -5,7 +5,7 @@ Holds no arrays while training; the steps are traced, the hooks run on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -21,7 +21,8 @@ from jaxtrainer.errors import (
 from jaxtrainer.frozen import changed_names, contents_of, is_same, kept_tracers
 from jaxtrainer.metrics import Recorder
 from jaxtrainer.run import Run
-from jaxtrainer.types import PyTree, Reduce
+from jaxtrainer.types import PyTree, Reduce, Stage
+from jaxtrainer.vocabulary import OF_THE_MODULE
 
 _HOST_ONLY = {
     "model": "holds no model while training: use the `model` that the step gets as an argument",
@@ -39,6 +40,8 @@ class TrainModule:
     Attributes:
         model: The trained model in evaluation mode after `fit`, also after an exception.
         run: The host's record of the running or last call of the trainer.
+        automatic_optimization: Whether the gradients of the loss that `training_step` returns
+            make the update. False leaves the updates to the step, see `minimize`.
 
     Example:
         >>> import optax
@@ -54,6 +57,7 @@ class TrainModule:
 
     model: Any = None
     run: Run | None = None
+    automatic_optimization: bool = True
     _tracing: ClassVar[_Trace | None] = None
     _elsewhere: ClassVar[dict[str, str]] = {
         "batch_size": "Pass `weight=`.",
@@ -71,10 +75,56 @@ class TrainModule:
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
-        """Return an `optax.GradientTransformation`.
+        """Return an `optax.GradientTransformation`; or an `Optimizer`, or several by name.
 
-        `self.run.estimated_steps` is known here, for schedules.
+        An `Optimizer` says which parameters it owns; what none owns is frozen::
+
+            return Optimizer(optax.adam(1e-3), wrt="head")
+
+            return {
+                "generator": Optimizer(optax.adam(1e-4), wrt="generator"),
+                "critic": Optimizer(optax.adam(4e-4), wrt="critic"),
+            }
+
+        From the loss that `training_step` returns each updates its own parameters;
+        `gradient_clip_val` is for all gradients together. For a loss each, see `minimize`.
+        `self.run.estimated_steps` is known here, for schedules, which count updates::
+
+            schedule = optax.cosine_decay_schedule(1e-3, self.run.estimated_steps)
+            return optax.adam(schedule)
+
+        A rate that falls when the training loss no longer does (`ReduceLROnPlateau`) is a
+        transformation too; here it looks at the mean over every 100 updates::
+
+            plateau = optax.contrib.reduce_on_plateau(patience=5, accumulation_size=100)
+            return optax.chain(optax.adam(1e-3), plateau)
         """
+        raise NotImplementedError
+
+    def configure_callbacks(self) -> Any:
+        """Return callbacks of this module, one or a list; asked at the start of each call.
+
+        They come after the trainer's, and take the place of those of the same class.
+        """
+        return []
+
+    def prepare_data(self) -> None:
+        """Download or convert what is not there yet; called before `setup`, on every process."""
+
+    def train_dataloader(self) -> Any:
+        """Return the loader for `fit` without one; called after `setup`."""
+        raise NotImplementedError
+
+    def val_dataloader(self) -> Any:
+        """Return the loader to validate on, where none is passed."""
+        raise NotImplementedError
+
+    def test_dataloader(self) -> Any:
+        """Return the loader for `test` without one."""
+        raise NotImplementedError
+
+    def predict_dataloader(self) -> Any:
+        """Return the loader for `predict` without one."""
         raise NotImplementedError
 
     def training_step(self, model: Any, batch: PyTree) -> Any:
@@ -82,12 +132,19 @@ class TrainModule:
 
         Traced: pure JAX, with the model in training mode. What the step changes in the model's
         variables (BatchNorm statistics, RNG counters, your own) is carried to the next step.
-        A `"weight"` in the dict is the weight of this batch under gradient accumulation.
+        A `"weight"` in the dict is the weight of this batch under gradient accumulation. A model
+        that cannot be changed in place (Equinox) is returned as `"model"` if the step has changed
+        its state. With `automatic_optimization = False` the loss is optional: it is logged.
         """
         raise NotImplementedError
 
     def validation_step(self, model: Any, batch: PyTree) -> Any:
-        """Log with `self.log`, and return a dict for callbacks, or None. Evaluation mode."""
+        """Log with `self.log`, and return a dict for callbacks, or None. Evaluation mode.
+
+        With a third parameter called `loader_name` it also gets the name of the loader that the
+        batch is of, a string, where several are given in a dict; it is then traced for each.
+        `test_step` and `predict_step` may have it too.
+        """
         raise NotImplementedError
 
     def test_step(self, model: Any, batch: PyTree) -> Any:
@@ -159,6 +216,92 @@ class TrainModule:
         trace.num_keys += 1
         return jax.random.fold_in(trace.key, trace.num_keys)
 
+    def minimize(
+        self,
+        loss_fn: Callable[[Any], Any],
+        model: Any,
+        optimizer: str | None = None,
+        *,
+        has_aux: bool = False,
+    ) -> tuple[Any, Any]:
+        """Make one update inside `training_step`, and return the loss and the updated model.
+
+        For modules with `automatic_optimization = False`. Differentiates with respect to the
+        parameters that the optimiser owns. What `loss_fn` changes in the model's variables
+        (BatchNorm statistics, RNG counters) is kept. An NNX model, or a dict, is updated in place
+        and is itself what comes back; any other pytree is left as it was. The step goes on with
+        the model that comes back, and training with the one that the step had last.
+
+        The step may do this as often as it likes, also with one optimiser; together they are one
+        step of `run.global_step`. It may change parameters by assignment too, which is kept.
+        Gradient accumulation and `gradient_clip_val` are refused: put `optax.MultiSteps` or
+        `optax.clip_by_global_norm` into the optimiser.
+
+        Args:
+            loss_fn: Returns the scalar loss of the model that it gets, or `(loss, aux)`.
+            model: The whole model.
+            optimizer: Its name in `configure_optimizers`; may be left out if there is one only.
+            has_aux: Whether `loss_fn` returns `(loss, aux)`.
+
+        Returns:
+            `(loss, model)`, or `((loss, aux), model)`, as `jax.value_and_grad` has its values.
+
+        Raises:
+            ConfigError: Outside such a step, or for an optimiser that does not exist.
+            StepError: For a loss without gradient, another model, or inside a nested transform.
+
+        Example:
+            >>> from jaxtrainer import TrainModule
+            >>> class Adversarial(TrainModule):
+            ...     automatic_optimization = False
+            ...     def training_step(self, model, batch):
+            ...         def critic_loss(model):
+            ...             return model.critic(model.generator(batch)).mean()
+            ...         def generator_loss(model):
+            ...             return -model.critic(model.generator(batch)).mean()
+            ...         loss, model = self.minimize(critic_loss, model, "critic")
+            ...         self.log("critic_loss", loss)
+            ...         loss, model = self.minimize(generator_loss, model, "generator")
+            ...         self.log("generator_loss", loss)
+        """
+        return self._updates("minimize").minimize(loss_fn, model, optimizer, has_aux=has_aux)
+
+    def apply_gradients(
+        self, model: Any, grads: PyTree, optimizer: str | None = None, **extra: Any
+    ) -> Any:
+        """Make one update from gradients that `training_step` took, and return the updated model.
+
+        What is said at `minimize` holds here too.
+
+        Args:
+            model: The whole model.
+            grads: As `nnx.grad` or `jax.grad` gives them for it; those of parameters that the
+                optimiser does not own are ignored.
+            optimizer: Its name; may be left out if there is one only.
+            extra: Arguments of the Optax update, e.g. `value=loss` for `reduce_on_plateau`.
+
+        Raises:
+            ConfigError: Outside such a step, or for an optimiser that does not exist.
+            StepError: If a gradient is missing or has another shape than its parameter.
+        """
+        return self._updates("apply_gradients").apply_gradients(model, grads, optimizer, extra)
+
+    def _updates(self, what: str) -> Any:
+        trace, owner = TrainModule._tracing, type(self).__name__
+        if trace is None or trace.recorder.stage != "train":
+            raise ConfigError(f"{what}() updates the model inside training_step only.")
+        if trace.updates is None:
+            raise ConfigError(
+                f"{what}() is for steps that make the updates themselves: write "
+                f"`automatic_optimization = False` in the class {owner}, or return the loss."
+            )
+        return trace.updates
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f" {OF_THE_MODULE[name]}" if name in OF_THE_MODULE else ""
+        message = f"{type(self).__name__} has no attribute {name!r}.{hint}"
+        raise AttributeError(message, name=name, obj=self)
+
     def __getattribute__(self, name: str) -> Any:
         trace = TrainModule._tracing
         if trace is not None and not name.startswith("__"):
@@ -193,17 +336,20 @@ class TrainModule:
 class _Trace:
     """What one traced step records: scalars, keys drawn, module attributes read."""
 
-    def __init__(self, recorder: Recorder, key: jax.Array | None) -> None:
+    def __init__(self, recorder: Recorder, key: jax.Array | None, updates: Any) -> None:
         self.recorder = recorder
+        self.updates = updates
         self.key = key
         self.num_keys = 0
         self.reads: set[str] = set()
 
 
 @contextmanager
-def tracing(module: TrainModule, recorder: Recorder, key: jax.Array | None) -> Iterator[None]:
-    """Let `module.log` and `module.make_rng` act on this trace, and guard the attributes."""
-    trace = _Trace(recorder, key)
+def tracing(
+    module: TrainModule, recorder: Recorder, key: jax.Array | None, updates: Any = None
+) -> Iterator[None]:
+    """Let `module.log` and its like act on this trace, and guard the attributes."""
+    trace = _Trace(recorder, key, updates)
     own = {k: v for k, v in vars(module).items() if k not in (*_HOST_ONLY, "_frozen")}
     contents = contents_of(own)
     before, TrainModule._tracing = TrainModule._tracing, trace
@@ -221,6 +367,14 @@ def tracing(module: TrainModule, recorder: Recorder, key: jax.Array | None) -> I
     frozen = module.__dict__.get("_frozen", {})
     read = {name: contents.get(name) for name in trace.reads}
     object.__setattr__(module, "_frozen", {**frozen, **read})
+
+
+def step_name(module: TrainModule, stage: Stage) -> str:
+    """Return the method that runs in a stage; without a `test_step`, tests run another."""
+    if stage == "test" and type(module).test_step is TrainModule.test_step:
+        return "validation_step"
+    stages = {"train": "training", "validate": "validation"}
+    return f"{stages.get(stage, stage)}_step"
 
 
 def refuse_stale(module: TrainModule) -> None:

@@ -5,7 +5,7 @@ May import level 0, `run` and `precision`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxtrainer.errors import ConfigError, OptionError
+from jaxtrainer.every import Every
 from jaxtrainer.precision import Precision
-from jaxtrainer.run import Limits, Run
+from jaxtrainer.run import Limits
 from jaxtrainer.types import Clock
-
-ShouldValidate = Callable[[Run, bool], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +26,12 @@ class Options:
     limits: Limits
     seed: int
     log_every_n_steps: int
-    val_check_interval: int | float | None
+    val_check_interval: int | float | Every | None
     check_val_every_n_epoch: int
     batch_limits: Mapping[str, int | float | None]
+    overfit: int | float | None
     num_sanity_val_steps: int
-    accumulate: int
+    accumulate: Mapping[int, int]
     clip_value: float | None
     clip_algorithm: str
     precision: Precision
@@ -42,8 +42,14 @@ class Options:
 
     def __post_init__(self) -> None:
         check_count("log_every_n_steps", self.log_every_n_steps)
-        check_count("check_val_every_n_epoch", self.check_val_every_n_epoch)
-        check_count("accumulate_grad_batches", self.accumulate)
+        _check_epochs(self.check_val_every_n_epoch, self.val_check_interval)
+        for name, stage in (("train", "train"), ("val", "validate")):
+            # 0 validation batches are no validation, which is something else than how many.
+            if self.overfit is not None and self.batch_limits[stage]:
+                raise ConfigError(
+                    f"overfit_batches={self.overfit!r} says how many batches there are; leave out "
+                    f"limit_{name}_batches={self.batch_limits[stage]!r}."
+                )
         check_count("num_sanity_val_steps", self.num_sanity_val_steps, 0)
         if check_count("seed", self.seed, 0) >= 2**32:
             raise ConfigError(f"seed must be below 2**32, got {self.seed!r}.")
@@ -59,12 +65,29 @@ class Options:
             )
 
 
+def _check_epochs(every_n_epochs: Any, interval: Any) -> None:
+    if every_n_epochs is None:
+        count = interval if isinstance(interval, int) else 100
+        raise ConfigError(
+            "check_val_every_n_epoch=None: to count batches through the epochs pass "
+            f"`val_check_interval=Every(batches={count})`."
+        )
+    check_count("check_val_every_n_epoch", every_n_epochs)
+    if isinstance(interval, Every) and every_n_epochs != 1:
+        raise ConfigError(
+            f"val_check_interval={interval!r} says when to validate, and so does "
+            f"check_val_every_n_epoch={every_n_epochs}; pass one, e.g. "
+            f"`val_check_interval=Every(epochs={every_n_epochs})`."
+        )
+
+
 def check_limits(limits: Limits) -> None:
-    """Raise ConfigError unless some limit says when training ends."""
-    if limits.max_epochs is None and limits.max_steps is None and limits.max_time_s is None:
+    """Raise ConfigError unless some limit says when training ends, or that none does."""
+    has_limit = (limits.max_epochs, limits.max_steps, limits.max_time_s) != (None, None, None)
+    if not has_limit and not limits.is_endless:
         raise ConfigError(
             "nothing says when training ends; pass `Trainer(max_epochs=...)`, `max_steps=...` or "
-            "`max_time=...`."
+            "`max_time=...`. To train until a callback or Ctrl-C ends it pass `max_epochs=-1`."
         )
     for unit in ("epochs", "steps"):
         least = check_count(f"min_{unit}", getattr(limits, f"min_{unit}"), 0)
@@ -115,39 +138,49 @@ def batch_limit(name: str, limit: int | float | None, num_batches: int | None) -
     return max(1, int(limit * num_batches))
 
 
-def validation_period(interval: int | float | None, num_batches: int | None) -> int | None:
-    """Return every how many batches of an epoch to validate; None for at its end only."""
-    if interval is None or (isinstance(interval, float) and interval == 1.0):
-        return None
-    if isinstance(interval, bool) or not isinstance(interval, int | float) or interval <= 0:
+def accumulation_schedule(name: str, value: Any) -> dict[int, int]:
+    """Return batches to an update from each epoch on; 1 until the first one that is given.
+
+    Raises:
+        ConfigError: Unless it is an integer above 0, or a dict of such by epoch.
+
+    Example:
+        >>> accumulation_schedule("accumulate_grad_batches", {4: 2})
+        {0: 1, 4: 2}
+    """
+    if not isinstance(value, Mapping):
+        return {0: check_count(name, value)}
+    if not value:
+        raise ConfigError(f"{name}={{}} has no epoch; pass e.g. `{{0: 1, 4: 2}}`.")
+    for epoch, factor in value.items():
+        check_count(f"an epoch in {name}={dict(value)}", epoch, 0)
+        check_count(f"the number of batches in {name}={dict(value)}", factor)
+    return {0: 1, **dict(sorted(value.items()))}
+
+
+def accumulation_of(
+    given: Mapping[int, int], scheduled: Sequence[Mapping[int, int]]
+) -> Mapping[int, int]:
+    """Return the schedule of a callback, if there is one, or that of the trainer's option.
+
+    Raises:
+        ConfigError: If there is more than one.
+    """
+    if len(scheduled) > 1:
         raise ConfigError(
-            f"val_check_interval={interval!r}: pass an integer (batches) or a fraction of an epoch."
+            "several callbacks schedule the accumulation of gradients; keep one "
+            "`GradientAccumulationScheduler`."
         )
-    if isinstance(interval, float):
-        if interval > 1.0 or num_batches is None:
-            raise ConfigError(
-                f"val_check_interval={interval} is a fraction of an epoch"
-                f"{' of unknown length' if num_batches is None else ' above 1'}; for a number of "
-                f"batches pass an integer: `val_check_interval={int(interval) or 100}`."
-            )
-        return max(1, int(interval * num_batches))
-    if num_batches is not None and interval > num_batches:
+    if not scheduled:
+        return given
+    if given != {0: 1}:
+        shown = given[0] if len(given) == 1 else dict(given)
         raise ConfigError(
-            f"val_check_interval={interval} is more than the {num_batches} batches of an epoch; "
-            "to validate less often than once an epoch use `check_val_every_n_epoch`."
+            f"accumulate_grad_batches={shown!r} and a GradientAccumulationScheduler both say how "
+            "many batches an update takes; leave out one, e.g. "
+            f"`Trainer(accumulate_grad_batches={dict(scheduled[0])!r})` alone."
         )
-    return interval
-
-
-def when_to_validate(period: int | None, every_n_epochs: int) -> ShouldValidate:
-    """Return the test that the loop makes after each dispatch."""
-
-    def is_due(run: Run, is_last: bool) -> bool:
-        if (run.epoch + 1) % every_n_epochs:
-            return False
-        return is_last if period is None else run.batch_idx % period == 0
-
-    return is_due
+    return scheduled[0]
 
 
 def check_steps_per_dispatch(value: Any) -> int | str:

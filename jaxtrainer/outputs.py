@@ -35,10 +35,11 @@ def step_outputs(returned: Any, where: str, *, training: bool) -> dict[str, Any]
     if returned is None and not training:
         return {}
     if not isinstance(returned, Mapping):
-        return {"loss": _loss(returned, f"{where} returned", training)}
+        return {"loss": scalar_loss(returned, f"{where} returned", _expected(training), training)}
     outputs = dict(returned)
     if "loss" in outputs:
-        outputs["loss"] = _loss(outputs["loss"], f"{where} returned a dict with 'loss':", training)
+        what = f"{where} returned a dict with 'loss':"
+        outputs["loss"] = scalar_loss(outputs["loss"], what, _expected(training), training)
     elif training:
         keys = ", ".join(map(repr, outputs)) or "none"
         raise StepError(
@@ -47,10 +48,21 @@ def step_outputs(returned: Any, where: str, *, training: bool) -> dict[str, Any]
     return outputs
 
 
-def _loss(loss: Any, what: str, training: bool) -> Array:
+def scalar_loss(loss: Any, what: str, expected: str, training: bool = True) -> Array:
+    """Return a loss as a float32 scalar.
+
+    Args:
+        loss: What is to be one.
+        what: Whose it is, for messages: `"Mine.training_step returned"`.
+        expected: What to write, for the message about something else.
+        training: Whether it must have a gradient.
+
+    Raises:
+        StepError: If it is no real floating-point scalar.
+    """
     array = as_array(loss)
     if array is None:
-        raise StepError(f"{what} {_kind(loss)}; {_expected(training)}.")
+        raise StepError(f"{what} {_kind(loss)}; {expected}.")
     got = f"{what} {array.dtype}{list(array.shape)}"
     if array.shape != ():
         hint = "reduce it: `loss.mean()`" if training else "log it, or return it under another key"

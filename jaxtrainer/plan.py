@@ -6,7 +6,7 @@ Figures are XLA's own cost and memory analysis. May import levels 0 to 3.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,12 +26,16 @@ class Plan:
         param_bytes: Bytes of the parameters, all devices' copies counted once.
         state_bytes: Bytes of the whole training state, optimiser included.
         device_bytes: Bytes of the state on one device.
-        flops: Floating-point operations of one step on one device, as XLA counts them.
-        bytes_accessed: Bytes that one step reads and writes, likewise.
+        flops: Floating-point operations of one step on one device, as XLA counts them in the
+            program before its own optimisation, so that the figure is that of the step on every
+            backend. The body of a loop (`lax.scan`) counts once, and a custom kernel not at all.
+        bytes_accessed: Bytes that one step reads and writes on one device, after optimisation.
         peak_bytes: Bytes a device needs while the step runs: arguments, outputs and temporaries.
         batch_size: Samples of a step.
         num_devices: Devices of the mesh.
         shards: For each parameter its shape and the shape of its part on one device.
+        frozen: Names of the parameters that no optimiser changes.
+        modules: Class name of each of the model's modules by its path, as far as it has classes.
     """
 
     num_params: int
@@ -44,6 +48,8 @@ class Plan:
     batch_size: int
     num_devices: int
     shards: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    frozen: frozenset[str] = frozenset()
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def arithmetic_intensity(self) -> float:
@@ -56,19 +62,23 @@ class Plan:
 
     def __rich__(self) -> Table:
         table = Table(title="plan of one training step", title_justify="left", show_header=False)
-        rows = {
-            "parameters": f"{format_count(self.num_params)} ({format_bytes(self.param_bytes)})",
+        count = format_count(self.num_params).strip()
+        rows = {"parameters": f"{count} ({format_bytes(self.param_bytes)})", **self.figures()}
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+    def figures(self) -> dict[str, str]:
+        """Return what a table of the model's modules does not say, in words."""
+        return {
             "training state": format_bytes(self.state_bytes),
             "state on each device": f"{format_bytes(self.device_bytes)} x {self.num_devices}",
             "batch": f"{self.batch_size} samples",
-            "operations a step": f"{format_count(self.flops)}FLOP",
+            "operations a step": f"{format_count(self.flops)}FLOP on each device",
             "bytes moved a step": format_bytes(self.bytes_accessed),
             "arithmetic intensity": f"{self.arithmetic_intensity:.1f} FLOP/byte",
             "peak memory of a device": format_bytes(self.peak_bytes),
         }
-        for name, value in rows.items():
-            table.add_row(name, value)
-        return table
 
     def __str__(self) -> str:
         from jaxtrainer.result import render
@@ -76,19 +86,28 @@ class Plan:
         return render(self.__rich__())
 
 
-def plan_of(compiled: Any, target: TrainState, batch_size: int, num_devices: int) -> Plan:
+def plan_of(
+    compiled: Any,
+    target: TrainState,
+    *,
+    flops: float,
+    batch_size: int,
+    num_devices: int,
+    frozen: frozenset[str],
+    modules: Mapping[str, str],
+) -> Plan:
     """Return the plan of a compiled training step.
 
     Args:
         compiled: The program, from `lowered.compile()`.
         target: Specs of the state, with shardings.
+        flops: Floating-point operations of a step on all devices together.
         batch_size: Samples of a step.
         num_devices: Devices of the mesh.
+        frozen: Names of the parameters that no optimiser changes.
+        modules: Class names of the model's modules by path.
     """
     cost = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     num_params, param_bytes = size_of(target.params)
     shards = {
         name: (spec.shape, spec.sharding.shard_shape(spec.shape))
@@ -99,13 +118,22 @@ def plan_of(compiled: Any, target: TrainState, batch_size: int, num_devices: int
         param_bytes=param_bytes,
         state_bytes=size_of(target)[1],
         device_bytes=sum(_shard_bytes(x) for x in jax.tree.leaves(target)),
-        flops=float(cost.get("flops", float("nan"))),
+        flops=float(flops) / num_devices,
         bytes_accessed=float(cost.get("bytes accessed", float("nan"))),
-        peak_bytes=int(peak),
+        peak_bytes=peak_bytes_of(compiled),
         batch_size=batch_size,
         num_devices=num_devices,
         shards=shards,
+        frozen=frozen,
+        modules=modules,
     )
+
+
+def peak_bytes_of(compiled: Any) -> int:
+    """Return the bytes that a compiled program needs of each device: see `Plan.peak_bytes`."""
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(peak + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def _shard_bytes(spec: Any) -> int:

@@ -54,6 +54,15 @@ def parse_precision(name: str | int) -> Precision:
     return PRECISIONS[key]
 
 
+def wide(dtype: Any) -> Any:
+    """Return the dtype in which to add up values of a dtype: float32 or wider.
+
+    In bfloat16 a sum or an average would round away what each value adds.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
 def _cast(tree: PyTree, dtype: Any) -> PyTree:
     if dtype is None:
         return tree

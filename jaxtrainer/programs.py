@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxtrainer.averaging import Averaging, init_average
 from jaxtrainer.checks import configured_model
+from jaxtrainer.control import APPLY
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
 from jaxtrainer.sharding import batch_sharding, replicated
 from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
-from jaxtrainer.step import APPLY
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, init_opt_state
 
@@ -63,7 +64,9 @@ class Initializer:
         params, model_state = self.adapter.split(model)
         return self.precision.cast_to_params(params), model_state
 
-    def state_fn(self, options: OptimizerOptions) -> tuple[Callable[..., TrainState], tuple]:
+    def state_fn(
+        self, options: OptimizerOptions, averaging: Averaging | None = None
+    ) -> tuple[Callable[..., TrainState], tuple]:
         """Return a function that makes the state without metric totals, and its arguments."""
 
         def make(seed: Any, given: Any) -> TrainState:
@@ -77,6 +80,7 @@ class Initializer:
                 rng=jax.random.key_data(jax.random.split(jax.random.key(seed))[1]),
                 totals=None,
                 accumulated=window,
+                averaged=init_average(averaging, params, model_state),
             )
 
         return make, (self.seed, self.given)

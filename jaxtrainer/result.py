@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from jaxtrainer.run import History, Run, is_private
+from jaxtrainer.metrics import is_private
+from jaxtrainer.run import History, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,9 @@ def metrics_table(title: str, metrics: Mapping[str, float]) -> Table:
     return table
 
 
-def render(table: Table, width: int = 80) -> str:
-    """Return a table as plain text."""
+def render(table: RenderableType, width: int = 80) -> str:
+    """Return what rich draws as plain text."""
     console = Console(width=width, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip()
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")

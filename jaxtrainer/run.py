@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtrainer.metrics import host_scalar
+import numpy as np
+
+from jaxtrainer.metrics import host_scalar, is_private
 from jaxtrainer.types import Clock
 
 _HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted")
@@ -21,13 +23,18 @@ _HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted")
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When training ends. `None` is no limit; `max_time_s` is in seconds."""
+    """When training ends. `None` is no limit; `max_time_s` is in seconds.
+
+    Attributes:
+        is_endless: Whether it was asked for that there be none (`max_epochs=-1`).
+    """
 
     max_epochs: int | None = None
     max_steps: int | None = None
     max_time_s: float | None = None
     min_epochs: int = 0
     min_steps: int = 0
+    is_endless: bool = False
 
 
 @dataclass(kw_only=True)
@@ -121,15 +128,27 @@ class Run:
         stage: `"fit"`, `"sanity"`, `"train"`, `"validate"`, `"test"` or `"predict"`.
         epoch: Index of the current epoch.
         batch_idx: Batches of this epoch that have been dispatched.
-        global_step: Optimiser updates so far.
+        global_step: Optimiser steps so far; the updates of several optimisers, or several updates
+            that a training step makes itself, are one.
         total_batches: Batches trained on so far, over all epochs.
         samples: Samples trained on so far.
+        accumulate: Batches to an optimiser update in this epoch.
+        accumulation: The same from each epoch on, `{0: 1, 4: 2}`.
         num_batches: Training batches an epoch, after limits; None if the loader has no length.
+        loader_name: Name of the loader whose batches run, where several were given by name.
+        eval_batch_idx: Batches of the running evaluation that are done, over all its loaders.
+        num_eval_batches: How many there are, if known.
+        validated_batches: `total_batches` at the end of the last whole validation.
+        validated_at_s: `elapsed_s` there.
+        owes_validation: Whether a validation was due and has not run to its end.
         metrics: Latest value on the host of every series.
         prog_bar: The series that the bar shows.
         cache_hits: Programs that were found compiled in the persistent cache.
         cache_misses: Programs that were not, and were compiled.
         state: The `TrainState` on the device; the arrays live until the next dispatch.
+        arrays: Latest epoch value of every private series that is an array, see `Recorder.log`.
+        precision: Name of the trainer's precision.
+        make_plan: Makes `plan`; set when the training step is compiled.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -144,7 +163,12 @@ class Run:
     num_batches: int | None = None
     num_eval_batches: int | None = None
     eval_batch_idx: int = 0
+    loader_name: str | None = None
+    validated_batches: int = 0
+    validated_at_s: float = 0.0
+    owes_validation: bool = False
     accumulate: int = 1
+    accumulation: Mapping[int, int] = field(default_factory=lambda: {0: 1})
     should_stop: bool = False
     stop_reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -162,9 +186,23 @@ class Run:
     elapsed_before_s: float = 0.0
     cache_hits: int = 0
     cache_misses: int = 0
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    precision: str = "32-true"
+    make_plan: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)
+        self._plan: Any = None
+
+    @property
+    def plan(self) -> Any:
+        """The `Plan` of the compiled training step, made when first asked for.
+
+        From `on_fit_start` on; None before, and outside `fit`.
+        """
+        if self._plan is None and self.make_plan is not None:
+            self._plan = self.make_plan()
+        return self._plan
 
     @property
     def elapsed_s(self) -> float:
@@ -176,9 +214,36 @@ class Run:
         """Optimiser steps that the limits allow; None if neither limit nor length tells."""
         by_epoch = None
         if self.num_batches is not None and self.limits.max_epochs is not None:
-            by_epoch = -(-self.num_batches // self.accumulate) * self.limits.max_epochs
+            by_epoch = self._steps_in(self.limits.max_epochs, self.num_batches)
         known = [n for n in (by_epoch, self.limits.max_steps) if n is not None]
         return min(known) if known else None
+
+    def _steps_in(self, epochs: int, num_batches: int) -> int:
+        starts = sorted(self.accumulation)
+        ends = [*starts[1:], epochs]
+        return sum(
+            -(-num_batches // self.accumulation[start]) * max(0, min(end, epochs) - start)
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    def follow(self, accumulation: Mapping[int, int]) -> None:
+        """Take the schedule of accumulation: `{0: 1, 4: 2}`, 2 batches from epoch 4 on."""
+        self.accumulation = accumulation
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        last = max(epoch for epoch in self.accumulation if epoch <= self.epoch)
+        self.accumulate = self.accumulation[last]
+
+    def batches_until(self, step: int) -> int:
+        """Return how many batches there are up to that optimiser step, within an epoch."""
+        return (step - self.global_step) * self.accumulate - self.batch_idx % self.accumulate
+
+    def note_validated(self) -> None:
+        """Keep when the last validation was; called when it has run to its end."""
+        self.validated_batches = self.total_batches
+        self.validated_at_s = self.elapsed_s
+        self.owes_validation = False
 
     def advance(self, batches: int, steps: int) -> None:
         """Count batches dispatched and the optimiser updates in them."""
@@ -191,6 +256,7 @@ class Run:
         """Go to the start of the next epoch."""
         self.epoch += 1
         self.batch_idx = 0
+        self._begin_epoch()
         self.loader_state = None
         self.is_epoch_end = False
 
@@ -204,18 +270,28 @@ class Run:
             self.stop_reason = reason
         self.should_stop = True
 
-    def log(self, name: str, value: float, *, prog_bar: bool = False) -> None:
+    def log(self, name: str, value: Any, *, prog_bar: bool = False) -> None:
         """Record a host value as an epoch point, e.g. from a hook."""
         self.record("epoch", {name: host_scalar(name, value)})
-        if prog_bar:
+        if prog_bar and name in self.metrics:
             self.prog_bar.add(name)
 
     def record(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take reported values into `metrics` and `history`; names with `_` first are private."""
+        """Take reported values into `metrics` and `history`; names with `_` first are private.
+
+        Nothing is kept of a sanity check.
+        """
+        if self.stage == "sanity":
+            return
         self.metrics.update(metrics)
         public = {k: v for k, v in metrics.items() if not is_private(k)}
         at = self.global_step if step is None else step
         self.history.add(kind, public, step=at, epoch=self.epoch)
+
+    def record_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the epoch's values of private series that are arrays into `arrays`."""
+        if self.stage != "sanity":
+            self.arrays.update(arrays)
 
     def notice(self, text: str) -> None:
         """Keep a line for the user, once."""
@@ -240,8 +316,3 @@ class Run:
         if self.stop_reason in _HARD_REASONS:
             return True
         return self.epoch >= self.limits.min_epochs and self.global_step >= self.limits.min_steps
-
-
-def is_private(name: str) -> bool:
-    """Return whether a series is for a callback only: its name has `_` first."""
-    return name.rsplit("/", 1)[-1].startswith("_")

@@ -6,6 +6,7 @@ What the loops drive is put together by `assemble.py`, from a session.
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,17 +16,20 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
-from jaxtrainer.callback import Callback, CallbackList
-from jaxtrainer.checkpoint import Snapshot, read_record, restore_items
+from jaxtrainer.callback import HOOKS, Callback, CallbackList
+from jaxtrainer.checkpoint import Snapshot, read_record, restore_items, saved_names
 from jaxtrainer.chunks import ReadOptions
-from jaxtrainer.data import MapSource, open_source
+from jaxtrainer.data import IndexedSource, MapSource, Source, first_batches, open_source
+from jaxtrainer.datamodule import DataHooks, DataModule, Loaders
 from jaxtrainer.dispatch import Dispatch
 from jaxtrainer.errors import CheckpointMismatchError
 from jaxtrainer.feed import Feed
 from jaxtrainer.interrupts import Interrupts
+from jaxtrainer.loaders import refuse_several
 from jaxtrainer.module import TrainModule, thaw
-from jaxtrainer.options import Options, batch_limit
+from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.programs import Initializer, on_mesh
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
@@ -33,6 +37,7 @@ from jaxtrainer.sharding import build_mesh, check_batch_size, place, replicated
 from jaxtrainer.types import PyTree, Stage
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
+_VALIDATION = ("validated_batches", "validated_at_s", "owes_validation")
 _OPTION = {"train": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -45,6 +50,7 @@ class Session:
         module: The user's.
         stage: Which call it is.
         path: Step directory of the checkpoint to restore, if any.
+        loaders: Where its loaders come from; None for a plan, which reads no data.
 
     Attributes:
         run: The host's record.
@@ -58,22 +64,32 @@ class Session:
         options: Options,
         callbacks: Sequence[Callback],
         module: TrainModule,
-        stage: Literal["fit", "validate", "test", "predict"],
+        stage: Literal["fit", "tune", "validate", "test", "predict"],
         path: Path | None,
+        loaders: Loaders | None = None,
     ) -> None:
         self.options = options
         self.module = module
         self.path = path
+        self.loaders = loaders
+        datamodule = None if loaders is None else loaders.datamodule
+        # What tunes does so on the data of a fit.
+        data_stage = "fit" if stage == "tune" else stage
+        self.data = None if datamodule is None else DataHooks(datamodule, data_stage)
         self.run = Run(limits=options.limits, clock=options.clock, stage=stage)
-        self.run.accumulate = options.accumulate
-        self.hooks = CallbackList(callbacks, module)
+        self.run.precision = options.precision.name
+        data = () if self.data is None else (self.data,)
+        self.hooks = CallbackList((*data, *callbacks), module)
         self.mesh = build_mesh(options.mesh)
         self.record = read_record(path) if path is not None else None
         self.interrupts = Interrupts(self.run)
         self._feeds: list[Feed] = []
+        self._is_fit = stage in ("fit", "tune")
+        self._few: tuple[Source | IndexedSource, int | None] | None = None
         self._init: Initializer | None = None
         if self.record is not None and stage == "fit":
             self._resume(self.record)
+        self.run.follow(accumulation_of(options.accumulate, self.hooks.accumulations))
         if options.cache_dir is not None and not use_compilation_cache(options.cache_dir):
             self.run.notice(f"no cache of compiled programs: {options.cache_dir} is not writable")
 
@@ -82,7 +98,10 @@ class Session:
         thaw(self.module)
         self.module.run = self.run
         try:
+            if self.loaders is not None:
+                self.loaders.prepare()
             self.hooks.setup(self.run)
+            self._load_user_data()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -94,18 +113,23 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        run = self.run
-        for feed in self._feeds:
-            feed.close()
-        thaw(self.module)
-        # Last in, first out; each runs also when the one before it fails.
-        with ExitStack() as cleanup:
-            cleanup.callback(self.interrupts.__exit__, kind, error, trace)
-            cleanup.callback(self.hooks.teardown, run)
-            cleanup.callback(self._keep_model)
-            if error is not None and not isinstance(error, GeneratorExit):
-                error.add_note(f"in {run.stage}, epoch {run.epoch}, step {run.global_step}")
-                self.hooks.on_exception(run, error)
+        failure = None if isinstance(error, GeneratorExit) else error
+        try:
+            # Last in, first out; each runs also when the one before it fails.
+            with ExitStack() as cleanup:
+                cleanup.callback(self.interrupts.__exit__, kind, error, trace)
+                cleanup.callback(self.hooks.teardown, self.run)
+                cleanup.callback(self._keep_model)
+                if failure is not None:
+                    cleanup.callback(self._tell, failure)
+                cleanup.callback(thaw, self.module)
+                for feed in self._feeds:
+                    cleanup.callback(feed.close)
+        except BaseException as other:
+            if failure is None:
+                raise
+            # What ended the run is the one to be seen.
+            failure.add_note(f"and then {type(other).__name__} while ending the run: {other}")
 
     @property
     def initializer(self) -> Initializer:
@@ -119,9 +143,7 @@ class Session:
         """Return `(params, model_state)` for an evaluation, on the device."""
         init, whole = self.initializer, replicated(self.mesh)
         if self.path is not None:
-            specs = {"params": init.params, "model_state": init.model_state}
-            items = restore_items(self.path, on_mesh(specs, self.mesh))
-            return items["params"], items.get("model_state", {})
+            return self._restored(self.path)
         given = init.given
         if given is None:
             self.run.notice("the module was not trained, and no ckpt_path is given: fresh weights")
@@ -129,17 +151,42 @@ class Session:
         params, model_state = given
         return place(params, whole), place(model_state, whole)
 
-    def feed(self, loader: Any, stage: Stage) -> Feed:
-        """Open a loader for evaluation or prediction."""
-        return self._open(loader, stage, keep_ragged=True)
+    @property
+    def variable_specs(self) -> tuple[PyTree, PyTree]:
+        """Return the specs of `(params, model_state)` as evaluations get them."""
+        init = self.initializer
+        params, model_state = on_mesh((init.params, init.model_state), self.mesh)
+        averaging = self.hooks.averaging(self.run) if self.run.stage == "fit" else None
+        if averaging is None:
+            return params, model_state
+        averaged = average_spec(params, model_state, use_buffers=averaging.use_buffers)
+        return overlaid(averaged, params, model_state)
 
-    def train_feed(self, loader: Any) -> Feed:
-        """Open the training loader where the run is, and take its sizes into the run."""
+    def feed(self, loader: Any, stage: Stage, name: str | None = None) -> Feed:
+        """Open a loader for evaluation or prediction; `name` is its name, if it has one."""
+        # What is left out of training is no part of the batches to overfit either.
+        return self._open(loader, stage, keep_ragged=not self.is_overfitting(stage), name=name)
+
+    def is_overfitting(self, stage: Stage) -> bool:
+        """Return whether the stage reads the few batches that are trained on, in `fit`."""
+        return self.options.overfit is not None and self._is_fit and stage in ("train", "validate")
+
+    def train_feed(self, loader: Any, *, endless: bool = False) -> Feed:
+        """Open the training loader where the run is, and take its sizes into the run.
+
+        Args:
+            loader: The loader.
+            endless: Begin again after the last epoch, too.
+        """
+        refuse_several(loader)
         run = self.run
         last = run.limits.max_epochs
         epochs: Iterable[int] = itertools.count(run.epoch)
-        if last is not None:
+        if last is not None and not endless:
             epochs = range(run.epoch, max(last, run.epoch + 1))
+        if self.options.overfit is not None:
+            # Each epoch reads the order of the first.
+            epochs = (0 for _ in epochs)
         position = {"epochs": epochs, "start": run.batch_idx, "state": run.loader_state}
         feed = self._open(loader, "train", keep_ragged=False, **position)
         check_batch_size(self.mesh, feed.rows)
@@ -147,6 +194,11 @@ class Session:
         run.num_batches = feed.num_batches
         self._check_data(feed)
         return feed
+
+    def close(self, feed: Feed) -> None:
+        """Close a feed before the end of the call, as if it had not been opened."""
+        feed.close()
+        self._feeds.remove(feed)
 
     def compile(self, name: str, job: Callable[[], Any]) -> Any:
         """Run a compilation between its hooks, and count its time and the cache's hits."""
@@ -160,11 +212,14 @@ class Session:
         self.hooks.on_compile_end(run, name, run.clock() - began)
         return compiled
 
+    def loader(self, stage: Stage) -> Any:
+        """Return the loader for a stage, or None; a hook is asked for it."""
+        return None if self.loaders is None else self.loaders.get(stage)
+
     def load_callbacks(self) -> None:
         """Give the callbacks their state from the checkpoint, if there is one."""
         if self.record is not None:
             self.hooks.load_state_dict(self.record["callbacks"])
-            self.hooks.on_load_checkpoint(self.run, self.record["user"])
 
     def capture(self, dispatch: Dispatch) -> Snapshot:
         """Return everything that decides the next number."""
@@ -179,6 +234,7 @@ class Session:
         record = {
             **base_record(),
             "loop": {**loop, "elapsed_s": run.elapsed_s},
+            "validation": {name: getattr(run, name) for name in _VALIDATION},
             "data": {**_data_record(self._feeds[0]), "loader_state": loader_state},
             "program": {"fused": dispatch.fused, "capacity": dispatch.capacity},
             "metrics": run.metrics,
@@ -187,18 +243,30 @@ class Session:
         }
         return Snapshot(state=run.state, record=record)
 
-    def _open(self, loader: Any, stage: Stage, *, keep_ragged: bool, **position: Any) -> Feed:
-        source = open_source(loader, stage)
-        limit = batch_limit(
-            f"limit_{_OPTION[stage]}_batches", self.options.batch_limits[stage], source.num_batches
-        )
+    def _open(
+        self, loader: Any, stage: Stage, *, keep_ragged: bool, name: str | None = None, **at: Any
+    ) -> Feed:
+        label = stage if name is None else f"{stage} {name!r}"
+        source, limit = self._overfitted(loader) if self.is_overfitting(stage) else (None, None)
+        if source is None:
+            source = open_source(loader, label)
+            option = f"limit_{_OPTION[stage]}_batches"
+            limit = batch_limit(option, self.options.batch_limits[stage], source.num_batches)
         if isinstance(source, MapSource) and source.num_batches is None:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
-        options = ReadOptions(stage=stage, limit=limit, keep_ragged=keep_ragged)
-        feed = Feed(source, options, self.mesh, **position)
+        options = ReadOptions(stage=label, limit=limit, keep_ragged=keep_ragged)
+        feed = Feed(source, options, self.mesh, **at)
         self._feeds.append(feed)
         return feed
+
+    def _overfitted(self, loader: Any) -> tuple[Source | IndexedSource, int | None]:
+        """Return the training batches of `overfit_batches`, the same for every reader of them."""
+        if self._few is None:
+            source = open_source(loader, "train")
+            limit = batch_limit("overfit_batches", self.options.overfit, source.num_batches)
+            self._few = first_batches(source, limit), limit
+        return self._few
 
     def _check_data(self, feed: Feed) -> None:
         if feed.ragged_rows:
@@ -215,10 +283,43 @@ class Session:
                     "Use the same loader, or start a new run from the checkpoint's weights."
                 )
 
+    def _load_user_data(self) -> None:
+        """Hand out what hooks have saved, before any of it is needed or read by a trace."""
+        if self.record is not None:
+            if self.data is not None:
+                self.data.restore(self.record["callbacks"])
+            self.hooks.on_load_checkpoint(self.run, self.record["user"])
+
+    def _tell(self, error: BaseException) -> None:
+        run, hook = self.run, _hook_of(error)
+        at = f"{hook}, " if hook else ""
+        error.add_note(f"in {at}{run.stage}, epoch {run.epoch}, step {run.global_step}")
+        try:
+            self.hooks.on_exception(run, error)
+        finally:
+            if self.data is not None:
+                self.data.datamodule.on_exception(error)
+
+    def _restored(self, path: Path) -> tuple[PyTree, PyTree]:
+        """Return what a checkpoint is evaluated with: the averaged weights, if it has them."""
+        trained = on_mesh((self.initializer.params, self.initializer.model_state), self.mesh)
+        names = saved_names(path, "averaged")
+        if not names:
+            items = restore_items(path, dict(zip(("params", "model_state"), trained, strict=True)))
+            return items["params"], items.get("model_state", {})
+        has_buffers = any(name.startswith("model_state/") for name in names)
+        averaged = on_mesh(average_spec(*trained, use_buffers=has_buffers), self.mesh)
+        items = restore_items(path, {"model_state": trained[1], "averaged": averaged})
+        items["averaged"].setdefault("model_state", {})
+        latest = {}, items.get("model_state", {})
+        return narrowed(overlaid(items["averaged"], *latest), trained)
+
     def _resume(self, record: dict[str, Any]) -> None:
         run, loop = self.run, record["loop"]
         for name in _COUNTERS:
             setattr(run, name, loop[name])
+        for name, value in record.get("validation", {}).items():
+            setattr(run, name, value)
         run.loader_state = record["data"]["loader_state"]
         run.elapsed_before_s = loop["elapsed_s"]
         run.metrics.update(record["metrics"])
@@ -228,9 +329,20 @@ class Session:
         state = self.run.state
         if state is None or self._init is None:
             return
-        params, model_state = state.params, state.model_state
-        self.module.model = self._init.adapter.merge(params, model_state, training=False)
+        trained = state.params, state.model_state
+        variables = narrowed(overlaid(state.averaged, *trained), trained)
+        self.module.model = self._init.adapter.merge(*variables, training=False)
         self.run.state = None
+
+
+def _hook_of(error: BaseException) -> str:
+    """Return which hook of the user's an exception came from, or an empty string."""
+    found, names = "", {*HOOKS, *vars(DataModule)}
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner, name = frame.f_locals.get("self"), frame.f_code.co_name
+        if name in names and isinstance(owner, Callback | TrainModule | DataModule):
+            found = f"{type(owner).__name__}.{name}"
+    return found
 
 
 def _data_record(feed: Feed) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxtrainer.errors import ConfigError, StepError
+from jaxtrainer.modules import module_types
 from jaxtrainer.types import Array, PyTree
 
 Nested = dict[str, Any]
@@ -33,7 +34,8 @@ class TrainState(NamedTuple):
         opt_state: `{optimiser name: Optax state}`.
         rng: Words of the key from which the keys of each step are folded: `[2]`, uint32.
         totals: Running totals of the epoch's metrics: `[4, num_metrics]`, float32.
-        accumulated: `{"grads": ..., "weight": ...}` of an open accumulation window, or `{}`.
+        accumulated: What an accumulation window adds up, see `update.init_opt_state`, or `{}`.
+        averaged: Averaged weights, see `averaging.init_average`, or `{}`.
     """
 
     batch_count: Any
@@ -43,6 +45,7 @@ class TrainState(NamedTuple):
     rng: Any
     totals: Any
     accumulated: Any
+    averaged: Any
 
 
 class Adapter(Protocol):
@@ -50,7 +53,13 @@ class Adapter(Protocol):
 
     `split` is called on the model that `configure_model` returns and learns its structure;
     the other two need it.
+
+    Attributes:
+        types: Class name of each module of the model by its path, in the order of definition;
+            known after `split`.
     """
+
+    types: dict[str, str]
 
     def split(self, model: Any) -> tuple[Nested, Nested]:
         """Return `(params, model_state)` of a model, and remember its structure."""
@@ -62,6 +71,14 @@ class Adapter(Protocol):
 
     def read_back(self, model: Any, *, where: str) -> tuple[Nested, Nested]:
         """Return both after a step; raise StepError for changes that jit would lose."""
+        ...
+
+    def write(self, model: Any, params: Nested, model_state: Nested) -> Any:
+        """Return the model with these arrays: the same, in place, if it can be changed."""
+        ...
+
+    def variables(self, params: Nested) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """Return the path and the abstract variable of each parameter, for NNX filters."""
         ...
 
 
@@ -89,8 +106,10 @@ class NNXAdapter:
     def split(self, model: nnx.Module) -> tuple[Nested, Nested]:
         """See `Adapter.split`."""
         _adopt_traced_arrays(model)
+        self.types = module_types(model)
         self._graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         self._params, self._rest = _Layout(params), _Layout(rest)
+        self._variables = dict(_variables(abstract(params)))
         if not self._params.names:
             raise ConfigError(
                 f"the model is of type {type(model).__name__}, without an `nnx.Param`: there is "
@@ -105,6 +124,8 @@ class NNXAdapter:
         model = nnx.merge(self._graphdef, *states, copy=True)
         view = nnx.view(
             model,
+            # Any method called on an `nnx.Rngs` draws a key, also the one that sets a mode.
+            only=nnx.Not(nnx.Rngs),
             raise_if_not_found=False,
             deterministic=not training,
             use_running_average=not training,
@@ -126,6 +147,15 @@ class NNXAdapter:
                 )
         return layouts[0].to_dict(params), layouts[1].to_dict(rest)
 
+    def write(self, model: nnx.Module, params: Nested, model_state: Nested) -> nnx.Module:
+        """See `Adapter.write`."""
+        nnx.update(model, self._params.to_tree(params), self._rest.to_tree(model_state))
+        return model
+
+    def variables(self, params: Nested) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """See `Adapter.variables`."""
+        return self._variables
+
 
 class PytreeAdapter:
     """Any other pytree: Equinox modules, Linen variables, a dict of arrays.
@@ -138,6 +168,7 @@ class PytreeAdapter:
     def split(self, model: PyTree) -> tuple[Nested, Nested]:
         """See `Adapter.split`."""
         leaves, self._treedef = jax.tree.flatten(model)
+        self.types = module_types(model)
         self._is_linen = isinstance(model, dict) and "params" in model
         paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]]
         self._static = [None if _is_array(leaf) else leaf for leaf in leaves]
@@ -169,6 +200,19 @@ class PytreeAdapter:
                 f"{where} changed the structure of the model:\n{self._treedef}\n{treedef}"
             )
         return self._collect("param", leaves), self._collect("state", leaves)
+
+    def write(self, model: PyTree, params: Nested, model_state: Nested) -> PyTree:
+        """See `Adapter.write`."""
+        new = self.merge(params, model_state, training=True)
+        if not isinstance(model, dict):
+            return new
+        model.clear()
+        model.update(new)
+        return model
+
+    def variables(self, params: Nested) -> dict[str, tuple[tuple[Any, ...], Any]]:
+        """See `Adapter.variables`."""
+        return {name: (tuple(name.split("/")), leaf) for name, leaf in flat_items(params)}
 
     def _kind(self, path: str, leaf: Any) -> str:
         if not _is_array(leaf):
@@ -209,6 +253,13 @@ class _Layout:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
+def _variables(state: Any) -> Iterator[tuple[str, tuple[tuple[Any, ...], Any]]]:
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    for path, variable in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)[0]:
+        for below, _ in jax.tree_util.tree_flatten_with_path(variable)[0]:
+            yield _path((*path, *below)), (tuple(key.key for key in path), variable)
+
+
 def nest(flat: Mapping[str, Any]) -> Nested:
     """Turn `{"a/b": x}` into `{"a": {"b": x}}`.
 
@@ -233,6 +284,11 @@ def flat_items(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from flat_items(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Return the leaves of an `nnx.State` or another pytree by the names of `flat_items`."""
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def abstract(tree: PyTree) -> PyTree:

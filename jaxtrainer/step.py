@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,9 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtrainer.errors import StepError
+from jaxtrainer.averaging import Averaging, update_average
+from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, EPOCH, RESET, START, STOP
+from jaxtrainer.errors import LogError
+from jaxtrainer.flax_metrics import refuse_kept
+from jaxtrainer.manual import Updates, refuse_changed_params
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
-from jaxtrainer.module import TrainModule, tracing
+from jaxtrainer.module import TrainModule, step_name, tracing
+from jaxtrainer.optim import join
 from jaxtrainer.outputs import (
     batch_weight,
     check_predictions,
@@ -28,12 +33,9 @@ from jaxtrainer.outputs import (
     step_outputs,
 )
 from jaxtrainer.precision import Precision
-from jaxtrainer.state import Adapter, Nested, TrainState, flat_items
+from jaxtrainer.state import Adapter, Nested, TrainState
 from jaxtrainer.types import Array, PyTree, Stage
-from jaxtrainer.update import OptimizerOptions, like, optimise
-
-START, STOP, RESET, APPLY = range(4)
-"""Slots of the control vector; from `APPLY` on, whether each batch ends an accumulation window."""
+from jaxtrainer.update import OptimizerOptions, like, optimise, update_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class StepOptions:
     Attributes:
         capacity: Batches a chunk holds.
         traced: Traced parts of the callbacks.
+        arguments: What the user's step gets beside model and batch: the loader's name.
     """
 
     module: TrainModule
@@ -52,6 +55,7 @@ class StepOptions:
     transform: Callable[[PyTree], PyTree] | None = None
     resident: bool = False
     capacity: int = 1
+    arguments: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +83,11 @@ class Program:
 
 
 def build_train_step(
-    options: StepOptions, optimizer: OptimizerOptions, state: TrainState, batch: PyTree
+    options: StepOptions,
+    optimizer: OptimizerOptions,
+    state: TrainState,
+    batch: PyTree,
+    averaging: Averaging | None = None,
 ) -> Program:
     """Return programs `fn(state, resident, chunk, control) -> (state, rows)`.
 
@@ -88,6 +96,7 @@ def build_train_step(
         optimizer: How gradients become updates.
         state: Abstract or real state; its `totals` are not looked at.
         batch: Spec of one batch, as the loader gives it.
+        averaging: How weights are averaged, if they are.
 
     Returns:
         The programs. `chunk` has leaves `[capacity, batch, ...]`, or `[capacity, batch]` int32
@@ -96,41 +105,72 @@ def build_train_step(
     """
     trace = _Traced(options, "train")
 
-    def gradients(
-        params: Nested, model_state: Nested, batch: PyTree, rng: Array, batch_count: Array
-    ) -> Any:
-        key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
+    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
+        def loss_fn(trained: Nested) -> tuple[Array, Any]:
+            return trace.run(join(params, trained), model_state, batch, key)
 
-        def loss_fn(params: Nested) -> tuple[Array, Any]:
-            return trace.run(params, model_state, batch, key)
-
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        # What no optimiser owns is no argument of the derivative: its gradients cost nothing.
+        trained = optimizer.trained(params)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         return grads, loss, *aux
 
+    def run_step(
+        params: Nested,
+        model_state: Nested,
+        batch: PyTree,
+        rng: Array,
+        batch_count: Array,
+        opt_state: PyTree,
+        epoch: Array,
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
+        if not optimizer.is_manual:
+            return gradients(params, model_state, batch, key)
+        kind = options.adapter, options.precision, trace.where
+        updates = Updates(optimizer, *kind, params, opt_state, epoch)
+        loss, aux = trace.run(params, model_state, batch, key, updates)
+        return (updates.params, updates.opt_state), loss, *aux
+
     # Traced here once; inside the loop below the cached jaxpr is put in line.
-    inner = jax.jit(gradients, inline=True)
-    arguments = (state.params, state.model_state, batch, state.rng, state.batch_count)
+    inner = jax.jit(run_step, inline=True)
+    arguments = (
+        *(state.params, state.model_state, batch, state.rng, state.batch_count),
+        *(state.opt_state, jax.ShapeDtypeStruct((), np.int32)),
+    )
     traced = jax.make_jaxpr(inner)(*arguments)
     refuse_leaked(traced.consts, trace.where)
-    specs = list(trace.recorder.specs.values())
-    if logs_norm := optimizer.clip_value is not None and optimizer.clip_algorithm == "norm":
-        specs.append(
-            MetricSpec(
-                name="train/grad_norm", reduce="mean", prog_bar=False, on_step=True, on_epoch=False
-            )
-        )
-    totals = Totals(tuple(specs))
+    of_update = update_specs(optimizer, state.params, state.opt_state)
+    specs = (*trace.recorder.specs.values(), *of_update)
+    _refuse_twice(specs)
+    totals = Totals(specs)
+    is_windowed = optimizer.accumulate > 1
 
-    def one_step(state: TrainState, batch: PyTree, apply: Array) -> tuple[TrainState, Array]:
-        grads, loss, model_state, row, weights, weight = inner(
-            state.params, state.model_state, batch, state.rng, state.batch_count
+    def one_step(
+        state: TrainState, batch: PyTree, epoch: Array, flags: Array, is_seen: Array | bool
+    ) -> tuple[TrainState, Array]:
+        changes, loss, model_state, row, weights, weight = inner(
+            *(state.params, state.model_state, batch, state.rng, state.batch_count),
+            *(state.opt_state, epoch),
         )
         state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
-        state, norm = optimise(optimizer, state, grads, loss, weight, apply)
-        if logs_norm:
-            row = jnp.append(row, norm)
-            weights = jnp.append(weights, apply.astype(jnp.float32))
-        return state._replace(totals=totals.update(state.totals, row, weights)), row
+        apply = (flags & ENDS_WINDOW) > 0
+        if optimizer.is_manual:
+            params, opt_state = changes
+            state, logged = state._replace(params=params, opt_state=opt_state), row[:0]
+        else:
+            state, logged = optimise(optimizer, state, changes, loss, weight, apply, epoch)
+        state = update_average(
+            averaging,
+            state,
+            updated=apply if is_windowed else True,
+            epoch=epoch,
+            ends_epoch=(flags & ENDS_EPOCH) > 0,
+            is_seen=is_seen,
+        )
+        # What an update logs has no epoch mean, and may be -inf.
+        none = jnp.zeros((len(of_update),), jnp.float32)
+        sums = totals.update(state.totals, _join(row, none), _join(weights, none))
+        return state._replace(totals=sums), totals.scalars(_join(row, logged))
 
     def with_totals(state: TrainState, control: Array) -> TrainState:
         return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
@@ -138,17 +178,19 @@ def build_train_step(
     def single(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         i = control[START]
         batch = _take(options, resident, chunk, i)
-        state, row = one_step(with_totals(state, control), batch, control[APPLY + i] > 0)
+        state = with_totals(state, control)
+        state, row = one_step(state, batch, control[EPOCH], control[APPLY + i], True)
         return state, row[None]
 
     def fused(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, rows = carry
             batch = _take(options, resident, chunk, i)
-            state, row = one_step(state, batch, control[APPLY + i] > 0)
+            is_seen = i + 1 == control[STOP]
+            state, row = one_step(state, batch, control[EPOCH], control[APPLY + i], is_seen)
             return state, rows.at[i].set(row)
 
-        rows = jnp.zeros((options.capacity, len(specs)), jnp.float32)
+        rows = jnp.zeros((options.capacity, totals.num_scalars), jnp.float32)
         carry = with_totals(state, control), rows
         return lax.fori_loop(control[START], control[STOP], body, carry)
 
@@ -189,9 +231,9 @@ def build_eval_step(
             sums, rows = carry
             row, weights = inner(params, model_state, _take(options, resident, chunk, i))
             at = i if length > 1 else 0
-            return totals.update(sums, row, weights), rows.at[at].set(row)
+            return totals.update(sums, row, weights), rows.at[at].set(totals.scalars(row))
 
-        carry = sums, jnp.zeros((length, len(totals.specs)), jnp.float32)
+        carry = sums, jnp.zeros((length, totals.num_scalars), jnp.float32)
         if length == 1:
             return body(start, carry)
         return lax.fori_loop(start, control[STOP], body, carry)
@@ -216,7 +258,7 @@ def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
         model = options.adapter.merge(cast(params), model_state, training=False)
         where = f"{type(module).__name__}.predict_step"
         with noting(where, batch), tracing(module, Recorder("predict"), None):
-            predictions = module.predict_step(model, batch)
+            predictions = module.predict_step(model, batch, **options.arguments)
         check_predictions(predictions, where)
         options.adapter.read_back(model, where=where)
         return predictions
@@ -230,24 +272,43 @@ class _Traced:
     def __init__(self, options: StepOptions, stage: Stage) -> None:
         self.options = options
         self.stage: Stage = stage
-        name = {"train": "training_step", "validate": "validation_step", "test": "test_step"}[stage]
+        name = step_name(options.module, stage)
         self.step = getattr(options.module, name)
         self.where = f"{type(options.module).__name__}.{name}"
         self.outputs: Mapping[str, Any] = {}
 
-    def run(self, params: Nested, model_state: Nested, batch: PyTree, key: Array | None) -> Any:
-        """Return `(loss, (model_state, row, weights, batch weight))`."""
+    def run(
+        self,
+        params: Nested,
+        model_state: Nested,
+        batch: PyTree,
+        key: Array | None,
+        updates: Updates | None = None,
+    ) -> Any:
+        """Return `(loss, (model_state, row, weights, batch weight))`.
+
+        With `updates` the step makes them itself, and they have the parameters after it.
+        """
         options, training = self.options, self.stage == "train"
         batch = _prepare(options, batch)
-        given = options.precision.cast_to_compute(params)
+        given = options.precision.cast_to_compute(params) if updates is None else updates.given
         model = options.adapter.merge(given, model_state, training=training)
+        if updates is not None:
+            updates.model = model
         rows = _rows(batch)
         self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
-        with noting(self.where, batch), tracing(options.module, recorder, key):
-            outputs = step_outputs(self.step(model, batch), self.where, training=training)
-        after, new_state = options.adapter.read_back(model, where=self.where)
-        if training:
-            _refuse_changed_params(given, after, self.where)
+        with noting(self.where, batch), tracing(options.module, recorder, key, updates):
+            returned = self.step(model, batch, **options.arguments)
+            needs_loss = training and updates is None
+            outputs = step_outputs(returned, self.where, training=needs_loss)
+        # A model that cannot be changed in place is the one that the step returns.
+        last = outputs.pop("model", model if updates is None else updates.model)
+        after, new_state = options.adapter.read_back(last if training else model, where=self.where)
+        if updates is not None:
+            updates.finish(after)
+        elif training:
+            refuse_changed_params(given, after, self.where)
+        refuse_kept(recorder.metrics, model, self.where)
         loss = outputs.get("loss", jnp.zeros(()))
         for traced in options.traced:
             traced(self.stage, outputs, batch, recorder.log)
@@ -257,6 +318,19 @@ class _Traced:
         weight = batch_weight(outputs, self.where, float(rows))
         state = like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
+
+
+def _refuse_twice(specs: Sequence[MetricSpec]) -> None:
+    names = [spec.name for spec in specs]
+    for name in {n for n in names if names.count(n) > 1}:
+        raise LogError(
+            f"the series {name!r} is logged by the step, or by a callback, and by the optimiser's "
+            "update too (`gradient_clip_val` logs 'train/grad_norm'); choose another name."
+        )
+
+
+def _join(*rows: Array) -> Array:
+    return jnp.concatenate(rows)
 
 
 def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:
@@ -280,13 +354,3 @@ def _shapes(value: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, value
     )
-
-
-def _refuse_changed_params(before: Nested, after: Nested, where: str) -> None:
-    now = dict(flat_items(after))
-    if assigned := [name for name, value in flat_items(before) if now[name] is not value]:
-        raise StepError(
-            f"{where} assigned to the parameters {', '.join(assigned)}; the optimiser's update "
-            "would overwrite them. Change parameters through the loss, or keep what the step "
-            "assigns in an `nnx.Variable`."
-        )

@@ -5,18 +5,24 @@ Runs no model and reads no array. May import levels 0 to 2, and rich to draw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from flax import nnx
+import jax
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrainer.display.text import format_bytes
+from jaxtrainer.display.text import format_bytes, format_count
 from jaxtrainer.errors import ConfigError
 from jaxtrainer.result import render
-from jaxtrainer.state import size_of
+from jaxtrainer.state import flat_items, size_of
+
+_ARRAYS_WIDTH = 20
+"""Characters in which shapes can be read, wrapped; the other columns do not wrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +33,12 @@ class SummaryRow:
         path: Its name from the root, e.g. `"encoder/first"`.
         depth: 1 for a child of the model.
         kind: Its class, where known.
-        arrays: Its own arrays with dtype and shape.
-        num_params: Trainable numbers.
+        arrays: Its own arrays with dtype and shape; `f32[64,512/8]` is divided over 8 devices.
+        num_params: Numbers of its parameters.
+        num_frozen: Those of them that no optimiser changes.
         num_state: Other numbers: statistics, counters, PRNG keys.
         size_bytes: Bytes of both.
+        device_bytes: Bytes of them on one device.
     """
 
     path: str
@@ -38,13 +46,22 @@ class SummaryRow:
     kind: str
     arrays: str
     num_params: int
+    num_frozen: int
     num_state: int
     size_bytes: int
+    device_bytes: int
 
     @property
     def is_trainable(self) -> bool:
         """Whether it has anything to train."""
-        return self.num_params > 0
+        return self.num_params > self.num_frozen
+
+    @property
+    def trains(self) -> str:
+        """In a word: `"yes"`, `"partly"`, `"frozen"`, or `"no"` where there are no parameters."""
+        if not self.num_frozen:
+            return "yes" if self.num_params else "no"
+        return "partly" if self.is_trainable else "frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,58 +70,80 @@ class Summary:
 
     Attributes:
         rows: Modules, each followed by those below it.
-        num_params: Trainable numbers of the model.
+        num_params: Numbers of the model's parameters.
+        num_frozen: Those of them that no optimiser changes.
         num_state: Its other numbers.
-        param_bytes: Bytes of the trainable ones.
+        param_bytes: Bytes of the parameters.
         state_bytes: Bytes of the others.
+        device_bytes: Bytes of all on one device.
+        figures: Further lines to show below, by what they are.
     """
 
     rows: tuple[SummaryRow, ...]
     num_params: int
+    num_frozen: int
     num_state: int
     param_bytes: int
     state_bytes: int
+    device_bytes: int
+    figures: Mapping[str, str] = field(default_factory=dict)
 
-    def __rich__(self) -> Table:
-        table = Table(title="model", caption=self._totals(), title_justify="left")
-        table.caption_justify = "left"
-        shows_kind = any(row.kind for row in self.rows)
-        table.add_column("module", no_wrap=True)
-        if shows_kind:
-            table.add_column("type", no_wrap=True)
-        # The only column that wraps: on a narrow terminal all others stay readable.
-        table.add_column("arrays")
-        for name in ("params", "share", "state", "size"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("trainable", no_wrap=True)
-        for row in self.rows:
-            name = "  " * (row.depth - 1) + row.path.rpartition("/")[2]
-            cells = [name, row.kind] if shows_kind else [name]
-            # As `Text`: rich would take the brackets of a shape for markup.
-            table.add_row(*cells, Text(row.arrays), *self._numbers(row))
-        table.add_section()
-        size_bytes = self.param_bytes + self.state_bytes
-        numbers = (f"{self.num_params:,}", "", f"{self.num_state:,}", format_bytes(size_bytes))
-        table.add_row("total", *([""] if shows_kind else []), "", *numbers)
-        return table
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.rows:
+            yield self._table(options.max_width)
+        yield Text(self._totals())
+        lines = Table.grid(padding=(0, 2))
+        for name, value in self.figures.items():
+            lines.add_row(name, value)
+        if self.figures:
+            yield lines
 
     def __str__(self) -> str:
-        return render(self.__rich__(), width=100)
+        return render(self, width=100)
 
-    def _numbers(self, row: SummaryRow) -> tuple[str, ...]:
-        share = row.num_params / self.num_params if self.num_params else 0.0
-        return (
-            f"{row.num_params:,}",
-            f"{share:.1%}",
-            f"{row.num_state:,}",
-            format_bytes(row.size_bytes),
-            "yes" if row.is_trainable else "no",
-        )
+    def _table(self, width: int) -> Table:
+        columns = self._columns()
+        # Where there is no room the least telling columns go, so that the others stay readable.
+        for name in ("share", "arrays"):
+            if _needed(columns) > width:
+                columns.pop(name)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for name in columns:
+            is_number = name in ("params", "share", "size", "per device")
+            table.add_column(
+                name, justify="right" if is_number else "left", no_wrap=name != "arrays"
+            )
+        for cells in zip(*columns.values(), strict=True):
+            # As `Text`: rich would take the brackets of a shape for markup.
+            table.add_row(*map(Text, cells))
+        return table
+
+    def _columns(self) -> dict[str, list[str]]:
+        rows, whole = self.rows, max(self.num_params, 1)
+        columns = {
+            "module": ["  " * (r.depth - 1) + r.path.rpartition("/")[2] for r in rows],
+            "type": [r.kind for r in rows],
+            "arrays": [r.arrays for r in rows],
+            "params": [format_count(r.num_params) for r in rows],
+            "share": [f"{r.num_params / whole:.1%}" for r in rows],
+            "size": [format_bytes(r.size_bytes) for r in rows],
+            "per device": [format_bytes(r.device_bytes) for r in rows],
+            "trains": [r.trains for r in rows],
+        }
+        if not any(columns["type"]):
+            columns.pop("type")
+        if all(r.device_bytes == r.size_bytes for r in rows):
+            columns.pop("per device")
+        return columns
 
     def _totals(self) -> str:
+        frozen = f", of them {self.num_frozen:,} frozen" if self.num_frozen else ""
+        size_bytes = self.param_bytes + self.state_bytes
+        device = f", {format_bytes(self.device_bytes)} on each device"
         return (
-            f"{self.num_params:,} trainable numbers ({format_bytes(self.param_bytes)}), "
-            f"{self.num_state:,} others ({format_bytes(self.state_bytes)})"
+            f"{self.num_params:,} parameters ({format_bytes(self.param_bytes)}){frozen}; "
+            f"{self.num_state:,} other numbers ({format_bytes(self.state_bytes)})"
+            f"{device if self.device_bytes < size_bytes else ''}"
         )
 
 
@@ -114,6 +153,8 @@ def summarize(
     max_depth: int = 1,
     *,
     types: Mapping[str, str] | None = None,
+    frozen: Collection[str] = (),
+    figures: Mapping[str, str] | None = None,
 ) -> Summary:
     """Return what a model is made of.
 
@@ -121,7 +162,9 @@ def summarize(
         params: Nested dicts of the trainable arrays, allocated or abstract.
         model_state: Nested dicts of the other arrays.
         max_depth: Levels of modules in `rows`; -1 for all, 0 for none.
-        types: Class name of each module by its path, see `module_types`.
+        types: Class name of each module by its path, in the order of the rows; see `module_types`.
+        frozen: Names of the parameters that no optimiser changes, e.g. `"backbone/conv/kernel"`.
+        figures: Lines to show below the table, by what they are.
 
     Raises:
         ConfigError: If these are no dicts.
@@ -131,7 +174,7 @@ def summarize(
         >>> dense = {"kernel": np.zeros((4, 3)), "bias": np.zeros(3)}
         >>> summary = summarize({"first": dense, "last": dense})
         >>> summary.num_params, summary.rows[0].arrays
-        (30, 'kernel f64[4, 3], bias f64[3]')
+        (30, 'kernel f64[4,3], bias f64[3]')
     """
     state = {} if model_state is None else model_state
     for what, tree in (("params", params), ("model_state", state)):
@@ -143,44 +186,43 @@ def summarize(
     num_params, param_bytes = size_of(params)
     num_state, state_bytes = size_of(state)
     depth = max_depth if max_depth >= 0 else 1 << 30
+    order = {path: i for i, path in enumerate(types or {})}
+    rows = _rows(params, state, "", depth, lambda path: order.get(path, len(order)))
+    kinds, fixed = types or {}, frozenset(frozen)
     return Summary(
-        rows=tuple(_rows(params, state, "", depth, types or {})),
+        rows=tuple(_row(path, mine, rest, kinds.get(path, ""), fixed) for path, mine, rest in rows),
         num_params=num_params,
+        num_frozen=_num_frozen(params, "", fixed),
         num_state=num_state,
         param_bytes=param_bytes,
         state_bytes=state_bytes,
+        device_bytes=_device_bytes((params, state)),
+        figures=figures or {},
     )
 
 
-def module_types(model: Any) -> dict[str, str]:
-    """Return the class name of each module of an `nnx.Module` by its path; else nothing.
-
-    Example:
-        >>> module_types(nnx.Dict(head=nnx.Linear(2, 1, rngs=nnx.Rngs(0))))["head"]
-        'Linear'
-    """
-    if not isinstance(model, nnx.Module):
-        return {}
-    modules = nnx.iter_modules(model)
-    return {"/".join(map(str, path)): type(module).__name__ for path, module in modules}
-
-
 def _rows(
-    params: Mapping[str, Any], state: Mapping[str, Any], above: str, levels: int, types: Any
-) -> Iterator[SummaryRow]:
-    for name in {**params, **state} if levels else ():
+    params: Mapping[str, Any],
+    state: Mapping[str, Any],
+    above: str,
+    levels: int,
+    place: Callable[[str], int],
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(path, params, state)` of each module that is shown."""
+    names = sorted({**params, **state}, key=lambda name: place(f"{above}{name}"))
+    for name in names if levels else ():
         mine, rest = params.get(name, {}), state.get(name, {})
         is_module = isinstance(mine, Mapping) and isinstance(rest, Mapping)
         # An array is shown with its module; those of the model itself have none to be shown with.
         if not is_module and above:
             continue
         path = f"{above}{name}"
-        yield _row(path, mine, rest, types.get(path, ""))
+        yield path, mine, rest
         if is_module:
-            yield from _rows(mine, rest, f"{path}/", levels - 1, types)
+            yield from _rows(mine, rest, f"{path}/", levels - 1, place)
 
 
-def _row(path: str, params: Any, state: Any, kind: str) -> SummaryRow:
+def _row(path: str, params: Any, state: Any, kind: str, frozen: frozenset[str]) -> SummaryRow:
     (num_params, param_bytes), (num_state, state_bytes) = size_of(params), size_of(state)
     return SummaryRow(
         path=path,
@@ -188,9 +230,35 @@ def _row(path: str, params: Any, state: Any, kind: str) -> SummaryRow:
         kind=kind,
         arrays=", ".join([*_arrays(params), *_arrays(state)]),
         num_params=num_params,
+        num_frozen=_num_frozen(params, path, frozen),
         num_state=num_state,
         size_bytes=param_bytes + state_bytes,
+        device_bytes=_device_bytes((params, state)),
     )
+
+
+def _needed(columns: Mapping[str, Sequence[str]]) -> int:
+    """Return the width at which a table of these columns can be read."""
+    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    if "arrays" in widths:
+        widths["arrays"] = min(widths["arrays"], _ARRAYS_WIDTH)
+    return sum(widths.values()) + 3 * len(widths) - 1
+
+
+def _num_frozen(params: Any, path: str, frozen: frozenset[str]) -> int:
+    named = flat_items(params, f"{path}/" if path else "") if isinstance(params, dict) else ()
+    leaves = [leaf for name, leaf in named if name in frozen]
+    return size_of(leaves if isinstance(params, dict) else [params] * (path in frozen))[0]
+
+
+def _device_bytes(tree: Any) -> int:
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape")]
+    return sum(math.prod(_shard_shape(x)) * x.dtype.itemsize for x in leaves)
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def _arrays(tree: Any) -> Iterator[str]:
@@ -206,4 +274,6 @@ def _described(leaf: Any) -> str:
     kind = str(leaf.dtype)
     for name, short in (("float", "f"), ("uint", "u"), ("int", "i")):
         kind = kind.replace(name, short)
-    return f"{kind}[{', '.join(map(str, leaf.shape))}]"
+    sizes = zip(leaf.shape, _shard_shape(leaf), strict=True)
+    dims = (f"{size}/{size // part}" if part < size else f"{size}" for size, part in sizes)
+    return f"{kind}[{','.join(dims)}]"

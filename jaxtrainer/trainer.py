@@ -15,56 +15,71 @@ from typing import Any, ClassVar, Literal
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxtrainer.assemble import eval_plan, fit_plan, predict_plan, step_plan
+from jaxtrainer.assemble import fit_plan, step_plan
 from jaxtrainer.cache import default_directory
-from jaxtrainer.callback import Callback
+from jaxtrainer.callback import Callback, tunes
 from jaxtrainer.callbacks.checkpoint import Checkpoint
 from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from jaxtrainer.callbacks.prediction_writer import PredictionWriter
+from jaxtrainer.callbacks.profiler import Profiler
 from jaxtrainer.callbacks.progress_bar import ProgressBar
 from jaxtrainer.checkpoint import find_checkpoint
-from jaxtrainer.checks import require
-from jaxtrainer.duration import parse_duration
+from jaxtrainer.checks import is_overridden, require
+from jaxtrainer.datamodule import DataModule, Loaders
+from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import (
     CheckpointNotFoundError,
     ConfigError,
     checks_options,
     did_you_mean,
 )
+from jaxtrainer.evaluation import eval_plan, predict_plan
+from jaxtrainer.every import Every, as_interval
 from jaxtrainer.loops.evaluate import evaluate
 from jaxtrainer.loops.fit import fit
 from jaxtrainer.loops.predict import predict
+from jaxtrainer.metrics import is_private
 from jaxtrainer.module import TrainModule
-from jaxtrainer.options import Options, check_count, check_limits
+from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
 from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits
 from jaxtrainer.session import Session
+from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree
+from jaxtrainer.vocabulary import OF_THE_CALLS, OF_THE_TRAINER
+
+_SAVERS = (Checkpoint, OnExceptionCheckpoint, PredictionWriter)
 
 
 class Trainer:
     """Trains, validates, tests and predicts with a `TrainModule`.
 
     Args:
-        max_epochs: Stop after this many epochs.
-        max_steps: Stop after this many optimiser updates.
+        max_epochs: Stop after this many epochs; -1 for no limit, also where there is no other.
+        max_steps: Stop after this many optimiser updates; -1 likewise.
         max_time: Stop after this time: `"DD:HH:MM:SS"`, a timedelta, or seconds.
         min_epochs: A callback cannot stop the run before this many epochs.
         min_steps: Nor before this many optimiser updates.
         seed: Seed of parameters, dropout and step keys.
         callbacks: A callback or several, called in this order.
         log_every_n_steps: Report step values every this many batches.
-        val_check_interval: Validate every this many batches (int), or after each such fraction
-            of an epoch (float).
+        val_check_interval: Validate after every this many batches of an epoch (int), each such
+            fraction of it (float), or with a unit of its own: `Every(steps=500)`. A span of time
+            (timedelta, `"DD:HH:MM:SS"`, dict) is `Every(minutes=...)`. Where training stops
+            within an epoch, its last state is validated too, unless a signal stops it.
         check_val_every_n_epoch: Validate in every n-th epoch only.
         limit_train_batches: Batches an epoch (int), or a fraction of the epoch (float).
         limit_val_batches: The same for validation; 0 turns it off in `fit`.
         limit_test_batches: The same for testing.
         limit_predict_batches: The same for prediction.
+        overfit_batches: Train every epoch on the first batches of the first epoch, this many (int)
+            or this fraction (float), in the same order, and validate on them too.
         num_sanity_val_steps: Validation batches to run before training.
-        fast_dev_run: Run this many batches (True: 1) of everything, and save nothing.
-        accumulate_grad_batches: Batches to one optimiser update, weighted by their samples.
+        fast_dev_run: Run this many batches (True: 1) of everything; save and tune nothing.
+        accumulate_grad_batches: Batches to one optimiser update, weighted by their samples; or a
+            dict of such by epoch, `{0: 1, 4: 2}`: from epoch 4 on, 2.
         gradient_clip_val: Clip gradients at this norm or value.
         gradient_clip_algorithm: `"norm"` of all gradients together, or each `"value"`.
         precision: `"32-true"`, `"bf16-mixed"` or `"bf16-true"`.
@@ -86,12 +101,7 @@ class Trainer:
         >>> trainer = Trainer(max_epochs=5, seed=0)
     """
 
-    _elsewhere: ClassVar[dict[str, str]] = {
-        "accelerator": "JAX takes the GPU or TPU it finds; the variable JAX_PLATFORMS chooses.",
-        "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default.",
-        "strategy": "How work is divided is said by `mesh=`.",
-        "enable_checkpointing": "Checkpoints are made by a `Checkpoint` in `callbacks`, if any.",
-    }
+    _elsewhere: ClassVar[dict[str, str]] = {**OF_THE_TRAINER, **OF_THE_CALLS}
 
     @checks_options
     def __init__(
@@ -105,15 +115,16 @@ class Trainer:
         seed: int = 0,
         callbacks: Callback | Iterable[Callback] = (),
         log_every_n_steps: int = 50,
-        val_check_interval: int | float | None = None,
+        val_check_interval: int | float | Every | Duration | None = None,
         check_val_every_n_epoch: int = 1,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float | None = None,
         num_sanity_val_steps: int = 2,
         fast_dev_run: bool | int = False,
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: int | Mapping[int, int] = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         precision: str = "32-true",
@@ -132,18 +143,20 @@ class Trainer:
             min_epochs, min_steps, val_check_interval, check_val_every_n_epoch = 0, 0, None, 1
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
+            overfit_batches = None
         self.callbacks = _callbacks(callbacks, enable_progress_bar, saves=not dev_batches)
         self.options = Options(
             limits=Limits(
-                max_epochs=max_epochs,
-                max_steps=max_steps,
+                max_epochs=None if max_epochs == -1 else max_epochs,
+                max_steps=None if max_steps == -1 else max_steps,
                 max_time_s=None if max_time is None else parse_duration(max_time),
                 min_epochs=min_epochs,
                 min_steps=min_steps,
+                is_endless=-1 in (max_epochs, max_steps),
             ),
             seed=seed,
             log_every_n_steps=log_every_n_steps,
-            val_check_interval=val_check_interval,
+            val_check_interval=as_interval(val_check_interval),
             check_val_every_n_epoch=check_val_every_n_epoch,
             batch_limits={
                 "train": limit_train_batches,
@@ -151,8 +164,9 @@ class Trainer:
                 "test": limit_test_batches,
                 "predict": limit_predict_batches,
             },
+            overfit=None if overfit_batches == 0 else overfit_batches,
             num_sanity_val_steps=num_sanity_val_steps,
-            accumulate=accumulate_grad_batches,
+            accumulate=accumulation_schedule("accumulate_grad_batches", accumulate_grad_batches),
             clip_value=gradient_clip_val,
             clip_algorithm=gradient_clip_algorithm,
             precision=parse_precision(precision),
@@ -162,24 +176,29 @@ class Trainer:
             clock=clock or time.monotonic,
         )
         self.root = Path(default_root_dir or ".")
-        for callback in self.callbacks:
-            if isinstance(callback, Checkpoint | OnExceptionCheckpoint):
-                callback.dirpath = str(self.root / callback.given_dirpath)
+        self._saves = not dev_batches
+        self._place(self.callbacks)
 
+    @checks_options
     def fit(
         self,
         module: TrainModule,
-        train_loader: Any,
+        train_loader: Any = None,
         val_loader: Any = None,
         *,
+        datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
     ) -> FitResult:
         """Train the module.
 
         Args:
             module: What to train. If it has a trained `model`, training starts from it.
-            train_loader: Iterable of batches, each a pytree of `[batch, ...]` arrays.
-            val_loader: The same, for validation.
+            train_loader: Iterable of batches, each a pytree of `[batch, ...]` arrays, or a
+                `DataModule`. None: the module's `train_dataloader()`.
+            val_loader: The same, for validation, or a dict of several by name: of
+                `{"clean": a, "noisy": b}` the series are `val/clean/loss` and `val/noisy/loss`.
+                None: the module's `val_dataloader()`, if any.
+            datamodule: A `DataModule` in place of the loaders.
             ckpt_path: Go on from a checkpoint: `"last"` or `"best"` of the `Checkpoint` callback,
                 a run directory, or a step directory in one.
 
@@ -191,7 +210,11 @@ class Trainer:
 
         The order of operations, hooks included::
 
+            configure_callbacks
+            prepare_data
             setup
+            train_dataloader, val_dataloader
+            configure_model, configure_optimizers
             on_fit_start
             on_sanity_check_start
                 on_validation_start ... on_validation_end
@@ -222,38 +245,90 @@ class Trainer:
 
         Where several steps are fused into one dispatch, `on_train_batch_end` runs once for each
         of them when it is dispatched, and what follows it once. Compilation, reports, saving,
-        loading and exceptions have hooks of their own, which come when they happen.
+        loading and exceptions have hooks of their own, which come when they happen. Finders run
+        after `setup`, and ask for the training loader by then. Of several
+        validation loaders the batches run loader by loader, each from index 0, and
+        `run.loader_name` says which. Where a hook stops training at the end of an epoch, a last
+        validation that is still due comes before `on_save_point`.
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
-        if self.options.batch_limits["validate"] == 0:
-            val_loader = None
-        if val_loader is not None:
+        loaders = Loaders("fit", module, datamodule, train=train_loader, validate=val_loader)
+        loaders.require("train")
+        validates = self.options.batch_limits["validate"] != 0 and loaders.has("validate")
+        if validates:
             require(module, ("validation_step",))
         check_limits(self.options.limits)
-        path = self._find(ckpt_path)
-        with Session(self.options, self.callbacks, module, "fit", path) as session:
+        with self._session("fit", module, loaders, ckpt_path) as session:
+            tune(session)
+            train_loader = session.loader("train")
+            val_loader = session.loader("validate") if validates else None
             fit(session.run, fit_plan(session, train_loader, val_loader))
             session.hooks.on_fit_end(session.run)
         if session.interrupts.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         return FitResult.of(session.run)
 
+    @checks_options
+    def tune(
+        self,
+        module: TrainModule,
+        train_loader: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+    ) -> None:
+        """Run the finders among the callbacks, as `fit` does before it trains, and train nothing.
+
+        What they found is on them (`finder.suggestion`, `finder.batch_size`), and set on the
+        module. A `fit` of the same trainer runs them again.
+
+        Args:
+            module: As in `fit`.
+            train_loader: As in `fit`.
+            datamodule: As in `fit`.
+
+        Raises:
+            ConfigError: If there is no finder.
+
+        Example:
+            >>> from jaxtrainer.callbacks import LearningRateFinder
+            >>> finder = LearningRateFinder()
+            >>> trainer = Trainer(callbacks=[finder])  # trainer.tune(module, loader)
+        """
+        require(module, ("configure_model", "configure_optimizers", "training_step"))
+        loaders = Loaders("tune", module, datamodule, train=train_loader)
+        loaders.require("train")
+        with self._session("tune", module, loaders, None) as session:
+            if not session.hooks.tuners:
+                raise ConfigError(
+                    "tune: no callback of the trainer finds anything; pass "
+                    "`Trainer(callbacks=[LearningRateFinder()])`, or a `BatchSizeFinder`."
+                )
+            tune(session)
+
+    @checks_options
     def validate(
         self,
         module: TrainModule,
-        loader: Any,
+        loader: Any = None,
         *,
+        datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
     ) -> dict[str, float]:
-        """Run `validation_step` over the loader and return the exact means of what it logged."""
-        return self._evaluate("validate", module, loader, ckpt_path, verbose)
+        """Run `validation_step` over the loader and return the exact means of what it logged.
 
+        Arguments as in `test`; without a loader the module's `val_dataloader()` is read.
+        """
+        loaders = Loaders("validate", module, datamodule, validate=loader)
+        return self._evaluate("validate", module, loaders, ckpt_path, verbose)
+
+    @checks_options
     def test(
         self,
         module: TrainModule,
-        loader: Any,
+        loader: Any = None,
         *,
+        datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
     ) -> dict[str, float]:
@@ -261,34 +336,63 @@ class Trainer:
 
         Args:
             module: Its `model` is tested, or the checkpoint's.
-            loader: Iterable of batches.
+            loader: Iterable of batches, a dict of several by name as in `fit`, or a `DataModule`.
+                None: the module's `test_dataloader()`.
+            datamodule: A `DataModule` in place of the loader.
             ckpt_path: `"best"`, `"last"` or a path, as in `fit`.
             verbose: Print a table of the metrics.
         """
-        return self._evaluate("test", module, loader, ckpt_path, verbose)
+        loaders = Loaders("test", module, datamodule, test=loader)
+        return self._evaluate("test", module, loaders, ckpt_path, verbose)
 
+    @checks_options
     def predict(
         self,
         module: TrainModule,
-        loader: Any,
+        loader: Any = None,
         *,
+        datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         stream: bool = False,
+        return_predictions: bool | None = None,
     ) -> Any:
         """Run `predict_step` over the loader.
 
         Args:
             module: Its `model` predicts, or the checkpoint's.
-            loader: Iterable of batches.
+            loader: Iterable of batches, a dict of several by name, or a `DataModule`. None: the
+                module's `predict_dataloader()`.
+            datamodule: A `DataModule` in place of the loader.
             ckpt_path: `"best"`, `"last"` or a path, as in `fit`.
             stream: Return an iterator that yields the predictions of each batch, and keeps none.
+            return_predictions: Whether to keep and return them. Default: True, but False where a
+                `PredictionWriter` puts them on disk.
 
         Returns:
-            A list with the predictions of each batch as NumPy arrays, or an iterator over them.
+            A list with the predictions of each batch as NumPy arrays, or an iterator over them,
+            or None. Of a dict of loaders a dict of such lists, by name; streamed, an iterator over
+            pairs of name and predictions.
         """
         require(module, ("configure_model", "predict_step"))
-        batches = self._predictions(module, loader, self._find(ckpt_path))
-        return batches if stream else list(batches)
+        if stream and return_predictions is False:
+            raise ConfigError(
+                "predict(stream=True) returns an iterator over the predictions; leave out "
+                "`return_predictions=False`, or for none of them `stream=True`."
+            )
+        loaders = Loaders("predict", module, datamodule, predict=loader)
+        loaders.require("predict")
+        session = self._session("predict", module, loaders, ckpt_path)
+        predictions = _predictions(session)
+        if return_predictions is None:
+            writers = [c for c in session.hooks.callbacks if isinstance(c, PredictionWriter)]
+            return_predictions = not writers
+        if stream:
+            return _streamed(predictions)
+        kept: dict[str | None, list[PyTree]] = {}
+        for name, values in predictions:
+            if return_predictions:
+                kept.setdefault(name, []).append(values)
+        return kept.get(None, kept) if return_predictions else None
 
     def plan(self, module: TrainModule, batch: Any) -> Plan:
         """Return what a training step costs, without allocating model or state.
@@ -301,33 +405,60 @@ class Trainer:
             Parameters, bytes, operations and peak memory of the compiled step; it prints well.
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
-        return step_plan(Session(self.options, self.callbacks, module, "fit", None), batch)
+        callbacks = self._callbacks_of(module)
+        return step_plan(Session(self.options, callbacks, module, "fit", None), batch)
 
-    def _predictions(self, module: TrainModule, loader: Any, path: Path | None) -> Iterator[PyTree]:
-        with Session(self.options, self.callbacks, module, "predict", path) as session:
-            variables = session.variables
-            plan = predict_plan(session, loader, variables)
-            yield from predict(session.run, plan, *variables)
+    def _session(
+        self,
+        call: Literal["fit", "tune", "validate", "test", "predict"],
+        module: TrainModule,
+        loaders: Loaders,
+        ckpt_path: Any,
+    ) -> Session:
+        callbacks = self._callbacks_of(module)
+        path = self._find(ckpt_path, callbacks)
+        return Session(self.options, callbacks, module, call, path, loaders)
+
+    def _callbacks_of(self, module: TrainModule) -> list[Callback]:
+        """Return the trainer's callbacks and the module's, which take the place of its like."""
+        added = module.configure_callbacks() if is_overridden(module, "configure_callbacks") else ()
+        if added is None:
+            owner = type(module).__name__
+            raise ConfigError(f"{owner}.configure_callbacks returned None; return a list.")
+        added = _checked(added, saves=self._saves)
+        kept = [c for c in self.callbacks if not any(_replaces(new, c) for new in added)]
+        self._place(added)
+        _check_keys([*kept, *added])
+        return [*kept, *added]
+
+    def _place(self, callbacks: Iterable[Callback]) -> None:
+        for callback in callbacks:
+            if isinstance(callback, (*_SAVERS, Profiler)) and callback.given_dirpath is not None:
+                callback.dirpath = str(self.root / callback.given_dirpath)
 
     def _evaluate(
         self,
         stage: Literal["validate", "test"],
         module: TrainModule,
-        loader: Any,
+        loaders: Loaders,
         ckpt_path: Any,
         verbose: bool,
     ) -> dict[str, float]:
         step = "validation_step" if stage == "validate" else "test_step"
         require(module, ("configure_model", step))
-        with Session(self.options, self.callbacks, module, stage, self._find(ckpt_path)) as session:
-            plan = eval_plan(session, stage, loader)
+        loaders.require(stage)
+        with self._session(stage, module, loaders, ckpt_path) as session:
+            plan = eval_plan(session, stage, session.loader(stage))
             metrics = evaluate(session.run, plan, *session.variables)
-        metrics = {k: v for k, v in metrics.items() if "/_" not in k}
+            # Hooks may have logged more. A pass that a signal has ended reports nothing.
+            if session.run.stop_reason != "interrupted":
+                metrics = {**metrics, **session.run.metrics}
+        metrics = {k: v for k, v in metrics.items() if not is_private(k)}
         if verbose:
             Console().print(metrics_table(stage, metrics))
         return metrics
 
-    def _find(self, ckpt_path: str | os.PathLike[str] | None) -> Path | None:
+    def _find(self, ckpt_path: Any, callbacks: Iterable[Callback]) -> Path | None:
         if ckpt_path is None:
             return None
         if not isinstance(ckpt_path, str | os.PathLike):
@@ -337,7 +468,7 @@ class Trainer:
             if hint and not os.path.exists(ckpt_path):
                 raise CheckpointNotFoundError(f"ckpt_path={ckpt_path!r} is no directory.{hint}")
             return find_checkpoint(ckpt_path)
-        saver = next((c for c in self.callbacks if isinstance(c, Checkpoint)), None)
+        saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
         if saver is None:
             raise CheckpointNotFoundError(
                 f"ckpt_path={ckpt_path!r} means a checkpoint of the `Checkpoint` callback, and "
@@ -346,25 +477,47 @@ class Trainer:
         return saver.find(str(ckpt_path))
 
 
+def _streamed(predictions: Iterator[tuple[str | None, PyTree]]) -> Iterator[Any]:
+    for name, values in predictions:
+        yield values if name is None else (name, values)
+
+
+def _predictions(session: Session) -> Iterator[tuple[str | None, PyTree]]:
+    with session:
+        variables = session.variables
+        plan = predict_plan(session, session.loader("predict"), variables)
+        yield from predict(session.run, plan, *variables)
+
+
 def _callbacks(given: Any, with_bar: bool, *, saves: bool) -> list[Callback]:
+    callbacks = _checked(given, saves=saves)
+    if with_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks.append(ProgressBar())
+    _check_keys(callbacks)
+    return callbacks
+
+
+def _checked(given: Any, *, saves: bool) -> list[Callback]:
     several = isinstance(given, Iterable) and not isinstance(given, str | type)
     callbacks: list[Any] = list(given) if several else [given]
     for callback in callbacks:
         if not isinstance(callback, Callback):
             hint = f"; write `{callback.__name__}()`" if isinstance(callback, type) else ""
             raise ConfigError(f"callbacks must be Callback instances, got {callback!r}{hint}.")
-    if not saves:
-        savers = (Checkpoint, OnExceptionCheckpoint)
-        callbacks = [c for c in callbacks if not isinstance(c, savers)]
-    if with_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(ProgressBar())
+    return [c for c in callbacks if saves or not (isinstance(c, _SAVERS) or tunes(c))]
+
+
+def _replaces(new: Callback, old: Callback) -> bool:
+    return type(old) is not Callback and isinstance(new, type(old))
+
+
+def _check_keys(callbacks: Iterable[Callback]) -> None:
     keys = [c.state_key for c in callbacks if c.state_dict()]
     if twice := {k for k in keys if keys.count(k) > 1}:
         raise ConfigError(
             f"several callbacks keep their state under {', '.join(twice)}; override `state_key`, "
             "or give Checkpoints directories of different names."
         )
-    return callbacks
 
 
 def _cache_dir(option: str | os.PathLike[str] | bool | None) -> Path | None:

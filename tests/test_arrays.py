@@ -1,5 +1,8 @@
 """Arrays in memory as a Grain dataset: Grain's own methods work on it, and keep what it knows."""
 
+from typing import Any
+
+import jax
 import numpy as np
 import pytest
 
@@ -40,3 +43,30 @@ def test_from_arrays_repeated_shuffles_each_epoch_anew():
 def test_from_arrays_refuses_uneven_arrays(arrays):
     with pytest.raises(DataError, match=r"same number of rows; got x: 3, y: (2|None)"):
         data.from_arrays(arrays, batch_size=1)
+
+
+def test_with_batch_size_changes_nothing_else():
+    options: Any = {"shuffle": True, "seed": 3, "drop_remainder": True, "device_resident": False}
+    arrays = {"x": np.arange(10)}
+    made = data.from_arrays(arrays, batch_size=2, **options).with_batch_size(3)
+    expected = data.from_arrays(arrays, batch_size=3, **options)
+    assert [b["x"].tolist() for b in made] == [b["x"].tolist() for b in expected]
+    assert (made.device_resident, made.drop_remainder) == (False, True)
+
+
+def test_transform_on_the_device_comes_after_the_loaders_own():
+    options: Any = {"batch_size": 1, "device_transform": lambda batch: batch["x"] * 9}
+    loader = data.from_arrays({"x": np.ones(2)}, **options)
+    twice = data.on_device(data.on_device(loader, lambda x: x + 1), lambda x: x * 2)
+    transform: Any = device_transform_of(twice)
+    assert transform({"x": 1.0}) == 20.0
+    assert twice.loader is loader
+
+
+def test_numbers_stay_as_wide_as_jax_computes():
+    batch = {"x": np.ones(2), "i": np.arange(2), "u": np.ones(2, np.uint8)}
+    dtypes = {k: str(a.dtype) for k, a in data.as_host_batch(batch).items()}
+    assert dtypes == {"x": "float32", "i": "int32", "u": "uint8"}
+    with jax.enable_x64(True):
+        wide = {k: str(a.dtype) for k, a in data.as_host_batch(batch).items()}
+    assert wide == {"x": "float64", "i": "int64", "u": "uint8"}

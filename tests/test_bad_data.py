@@ -251,3 +251,10 @@ def test_accuracy_refuses_a_step_that_returns_the_loss_alone():
     )
     assert_says(error, "training_step returns under 'logits', but it returned 'loss'")
     assert "Did you mean" not in str(error)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_integer_beyond_32_bits_is_refused(resident: bool):
+    arrays = {**tiny.make_arrays(16), "id": np.arange(16) + 2**40}
+    loader = data.from_arrays(arrays, batch_size=8, device_resident=resident)
+    refused(DataError, "leaf id holds 1099511627776", "`jax_enable_x64`", loader=loader)

@@ -46,7 +46,7 @@ def test_unknown_option_is_refused_with_the_close_match(make, option, part):
         ({"seed": 2**32}, "seed must be below 2**32"),
         ({"seed": None}, "seed must be an integer of at least 0, got None"),
         ({"log_every_n_steps": 0}, "log_every_n_steps must be an integer of at least 1, got 0"),
-        ({"accumulate_grad_batches": {0: 2}}, "accumulate_grad_batches must be an integer"),
+        ({"accumulate_grad_batches": 1.5}, "accumulate_grad_batches must be an integer"),
         ({"num_sanity_val_steps": -1}, "num_sanity_val_steps must be an integer"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch must be an integer"),
         ({"gradient_clip_val": 0}, "gradient_clip_val must be a number above 0, or None"),
@@ -76,7 +76,7 @@ def test_trainer_refuses_steps_per_dispatch(value):
     ("options", "part"),
     [
         ({"max_epochs": None}, "pass `Trainer(max_epochs=...)`, `max_steps=...` or `max_time=...`"),
-        ({"max_epochs": -1}, "max_epochs must be an integer of at least 0, got -1"),
+        ({"max_epochs": -2}, "max_epochs must be an integer of at least 0, got -2"),
         ({"max_epochs": 2.5}, "max_epochs must be an integer of at least 0, got 2.5"),
         ({"max_epochs": True}, "max_epochs must be an integer of at least 0, got True"),
         ({"min_epochs": 3}, "min_epochs=3 is more than max_epochs=2"),

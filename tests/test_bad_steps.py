@@ -137,7 +137,7 @@ SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
         (([optax.sgd(0.1)], ["scheduler"]), "of type tuple, expected an `optax.Gradient"),
         ([optax.sgd(0.1)], "a schedule is part of its optimizer"),
         ({"optimizer": optax.sgd(0.1), "lr_scheduler": SCHEDULE}, "a schedule is part of its"),
-        ((optax.sgd(0.1), optax.adam(0.1)), "return an `optax.partition(...)`"),
+        ((optax.sgd(0.1), optax.adam(0.1)), "return {'generator': Optimizer("),
         (None, "returned None"),
         (SCHEDULE, "`optax.adam(schedule)`"),
         (optax.adam, "call it"),

@@ -25,16 +25,21 @@ def report(monkeypatch: pytest.MonkeyPatch, *devices: Any) -> Run:
     monkeypatch.setattr(jax, "local_devices", lambda: list(devices))
     run, callback = Run(global_step=4), DeviceStats()
     callback.on_train_start(run)
-    callback.on_report(run, {})
-    callback.on_report(run, {})
+    callback.on_report(run, {}, 1)
+    callback.on_report(run, {}, 1)
     return run
 
 
 def test_device_memory_is_recorded_once_a_step(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device_stats, "host_memory", dict)
+    monkeypatch.setattr(device_stats.time, "process_time", lambda: 0.0)
     stats = {"bytes_in_use": 10, "peak_bytes_in_use": 20, "num_allocs": 3}
     run = report(monkeypatch, Device(0, stats), Device(1, None))
-    assert run.metrics == {"device/0/bytes_in_use": 10.0, "device/0/peak_bytes_in_use": 20.0}
+    assert run.metrics == {
+        "device/0/bytes_in_use": 10.0,
+        "device/0/peak_bytes_in_use": 20.0,
+        "host/cpu_percent": 0.0,
+    }
     assert run.history.step["device/0/bytes_in_use"].steps == [4]
 
 
@@ -47,4 +52,17 @@ def test_cpu_run_has_host_memory_only():
 
 def test_system_that_does_not_tell_records_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setattr(device_stats, "_STATM", tmp_path / "missing")
-    assert report(monkeypatch).metrics == {}
+    assert "host/rss_bytes" not in report(monkeypatch).metrics
+
+
+def test_processor_time_is_a_share_of_the_clock(monkeypatch: pytest.MonkeyPatch):
+    now = [10.0]
+    busy = iter([1.0, 3.0, 7.0])
+    monkeypatch.setattr(device_stats.time, "process_time", lambda: next(busy))
+    run, callback = Run(clock=lambda: now[0]), DeviceStats()
+    callback.on_train_start(run)
+    for step, seconds in ((1, 4.0), (2, 2.0)):
+        run.global_step, now[0] = step, now[0] + seconds
+        callback.on_report(run, {}, step)
+    # Two of four seconds on one core, then four in two: two cores.
+    assert run.history.step["host/cpu_percent"].values == [50.0, 200.0]

@@ -12,6 +12,7 @@ import pytest
 from jaxtrainer import FitResult
 from jaxtrainer.callbacks import LearningRateMonitor
 from jaxtrainer.errors import ConfigError
+from tests.bad_input import refused
 from tests.tiny import Tiny, make_batches, make_trainer
 
 
@@ -71,8 +72,10 @@ def test_constant_is_recorded():
 
 
 def test_rate_that_cannot_be_known_says_what_to_pass():
-    with pytest.raises(ConfigError, match=r"LearningRateMonitor\(schedule=schedule\)"):
-        fit(LearningRateMonitor(), optax.adam(halving))
+    text = "`LearningRateMonitor(schedule=schedule)`"
+    refused(
+        ConfigError, text, module=Tiny(tx=optax.adam(halving)), callbacks=[LearningRateMonitor()]
+    )
 
 
 def test_schedule_of_another_kind_is_refused():

@@ -158,6 +158,57 @@ def test_recorder_without_metrics_has_empty_rows():
     assert Totals(()).compute(np.zeros((4, 0))) == {}
 
 
+def matrix_between() -> Recorder:
+    recorder = Recorder("train", default_weight=2.0)
+    recorder.log("a", 1.0)
+    recorder.log("_matrix", jnp.array([[1, 2, 3], [4, 5, 6]]), reduce="sum")
+    recorder.log("b", 7.0)
+    return recorder
+
+
+def test_private_series_may_be_an_array():
+    recorder = matrix_between()
+    assert recorder.specs["train/_matrix"].shape == (2, 3)
+    np.testing.assert_array_equal(recorder.row(), [1, 1, 2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(recorder.weight_row(), [2.0] * 8)
+
+
+def test_totals_reduce_an_array_by_element():
+    recorder = matrix_between()
+    totals = Totals(tuple(recorder.specs.values()))
+    sums = jnp.asarray(totals.initial())
+    for _ in range(2):
+        sums = totals.update(sums, recorder.row(), recorder.weight_row())
+    got = np.asarray(sums)
+    assert totals.shape == (4, 8)
+    assert totals.compute(got) == {"train/a": 1.0, "train/b": 7.0}
+    np.testing.assert_array_equal(totals.arrays(got)["train/_matrix"], [[2, 4, 6], [8, 10, 12]])
+
+
+def test_array_is_no_part_of_what_a_step_reports():
+    recorder = matrix_between()
+    specs = tuple(recorder.specs.values())
+    row = Totals(specs).scalars(recorder.row())
+    assert Totals(specs).num_scalars == 2
+    assert Totals(specs).step_values(np.asarray(row)) == {"train/a": 1.0, "train/b": 7.0}
+    assert float(LoggedOutputs(specs, row[None], 0)["b"]) == 7.0
+
+
+@pytest.mark.parametrize("name", ["matrix", "val/matrix"])
+def test_public_series_is_no_array(name: str):
+    with pytest.raises(LogError, match=r"shape \(2,\)"):
+        Recorder("train").log(name, jnp.ones(2))
+
+
+def test_recorder_may_take_no_arrays():
+    with pytest.raises(LogError, match="records scalars"):
+        Recorder("train", takes_arrays=False).log("_matrix", jnp.ones(2))
+
+
+def test_totals_leave_out_what_has_no_weight():
+    assert reduced("mean", [1.0, np.nan, 3.0], weights=[1.0, 0.0, 1.0]) == 2.0
+
+
 def test_logged_outputs_answer_to_both_names():
     outputs = LoggedOutputs((spec("val/loss"), spec("head/loss")), jnp.array([[1.0, 2.0]]), 0)
     assert float(outputs["loss"]) == float(outputs["val/loss"]) == 1.0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 from jaxtrainer.errors import ConfigError
-from jaxtrainer.summary import module_types, summarize
-from tests.tiny import Net
+from jaxtrainer.sharding import build_mesh
+from jaxtrainer.summary import Summary, summarize
 
 
 def spec(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -29,6 +31,20 @@ STATE = {
     "dropout": {"rngs": {"count": spec(dtype=jnp.uint32)}},
     "encoder": {"norm": {"mean": spec(8), "var": spec(8)}},
 }
+ALL = ["encoder", "encoder/first", "encoder/norm", "head", "dropout", "dropout/rngs"]
+
+
+def divided(*shape: int) -> jax.ShapeDtypeStruct:
+    """A spec whose last dimension is divided over four devices."""
+    sharding = NamedSharding(build_mesh({"data": 4}), PartitionSpec(*[None, "data"]))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+def text_of(summary: Summary, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(summary)
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def test_rows_hold_all_that_is_below_them():
@@ -41,12 +57,7 @@ def test_rows_hold_all_that_is_below_them():
 
 @pytest.mark.parametrize(
     ("max_depth", "paths"),
-    [
-        (0, []),
-        (1, ["encoder", "head", "dropout"]),
-        (2, ["encoder", "encoder/first", "encoder/norm", "head", "dropout", "dropout/rngs"]),
-        (-1, ["encoder", "encoder/first", "encoder/norm", "head", "dropout", "dropout/rngs"]),
-    ],
+    [(0, []), (1, ["encoder", "head", "dropout"]), (2, ALL), (-1, ALL)],
 )
 def test_depth_is_that_of_the_rows(max_depth: int, paths: list[str]):
     summary = summarize(PARAMS, STATE, max_depth)
@@ -54,48 +65,82 @@ def test_depth_is_that_of_the_rows(max_depth: int, paths: list[str]):
     assert (summary.num_params, summary.num_state) == (72, 17)
 
 
+def test_rows_are_in_the_order_of_the_types():
+    types = {"head": "Linear", "encoder": "Encoder", "encoder/norm": "Norm", "dropout": "Dropout"}
+    rows = summarize(PARAMS, STATE, 2, types=types).rows
+    assert [row.path for row in rows[:4]] == ["head", "encoder", "encoder/norm", "encoder/first"]
+    assert [row.kind for row in rows[:4]] == ["Linear", "Encoder", "Norm", ""]
+
+
 def test_module_without_params_is_not_trainable():
-    trainable = {row.path: row.is_trainable for row in summarize(PARAMS, STATE).rows}
-    assert trainable == {"encoder": True, "head": True, "dropout": False}
+    trains = {row.path: row.trains for row in summarize(PARAMS, STATE).rows}
+    assert trains == {"encoder": "yes", "head": "yes", "dropout": "no"}
+
+
+def test_frozen_parameters_are_told_apart():
+    frozen = {"encoder/norm/scale", "head/kernel"}
+    summary = summarize(PARAMS, STATE, 2, frozen=frozen)
+    trains = {row.path: row.trains for row in summary.rows[:4]}
+    assert trains == {
+        "encoder": "partly",
+        "encoder/first": "yes",
+        "encoder/norm": "frozen",
+        "head": "frozen",
+    }
+    assert summary.num_frozen == 8 + 24
+    assert "72 parameters (240 B), of them 32 frozen" in str(summary)
 
 
 def test_arrays_of_a_model_without_modules_are_its_rows():
-    summary = summarize({"w": spec(4, 3), "b": spec(3)})
-    assert [(r.path, r.arrays) for r in summary.rows] == [
-        ("w", "f32[4, 3]"),
-        ("b", "f32[3]"),
+    summary = summarize({"w": spec(4, 3), "b": spec(3)}, frozen={"b"})
+    assert [(r.path, r.arrays, r.trains) for r in summary.rows] == [
+        ("w", "f32[4,3]", "yes"),
+        ("b", "f32[3]", "frozen"),
     ]
 
 
-def test_types_come_from_the_module():
-    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    kinds = {r.path: r.kind for r in summarize(params, types=module_types(model)).rows}
-    assert kinds == {"first": "Linear", "norm": "BatchNorm", "last": "Linear"}
-    assert module_types({"w": 1}) == {}
+def test_divided_array_shows_its_parts():
+    summary = summarize({"dense": {"kernel": divided(6, 8), "bias": spec(8)}})
+    (row,) = summary.rows
+    assert row.arrays == "kernel f32[6,8/4], bias f32[8]"
+    assert (row.size_bytes, row.device_bytes) == (4 * 56, 4 * 20)
+    assert "80 B on each device" in str(summary)
+    assert "per device" in str(summary)
 
 
 def test_summary_is_rendered():
-    text = str(summarize(PARAMS, STATE, 2))
-    assert [line.rstrip() for line in text.splitlines()] == EXPECTED.splitlines()
+    types = {"encoder": "Encoder", "encoder/first": "Linear", "head": "Linear"}
+    summary = summarize(PARAMS, STATE, 2, types=types, figures={"batch": "8 samples"})
+    assert str(summary) == EXPECTED
 
 
 EXPECTED = """\
-model
-┏━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━┳━━━━━━━━━━━┓
-┃ module  ┃ arrays                                ┃ params ┃ share ┃ state ┃  size ┃ trainable ┃
-┡━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━╇━━━━━━━━━━━┩
-│ encoder │                                       │     48 │ 66.7% │    16 │ 256 B │ yes       │
-│   first │ bias f32[8], kernel f32[4, 8]         │     40 │ 55.6% │     0 │ 160 B │ yes       │
-│   norm  │ scale f32[8], mean f32[8], var f32[8] │      8 │ 11.1% │    16 │  96 B │ yes       │
-│ head    │ kernel bf16[8, 3]                     │     24 │ 33.3% │     0 │  48 B │ yes       │
-│ dropout │                                       │      0 │  0.0% │     1 │   4 B │ no        │
-│   rngs  │ count u32[]                           │      0 │  0.0% │     1 │   4 B │ no        │
-├─────────┼───────────────────────────────────────┼────────┼───────┼───────┼───────┼───────────┤
-│ total   │                                       │     72 │       │    17 │ 308 B │           │
-└─────────┴───────────────────────────────────────┴────────┴───────┴───────┴───────┴───────────┘
-72 trainable numbers (240 B), 17 others (68 B)
-"""
+ module    type      arrays                                  params   share    size   trains
+ ───────────────────────────────────────────────────────────────────────────────────────────
+ encoder   Encoder                                               48   66.7%   256 B   yes
+   first   Linear    bias f32[8], kernel f32[4,8]                40   55.6%   160 B   yes
+   norm              scale f32[8], mean f32[8], var f32[8]        8   11.1%    96 B   yes
+ head      Linear    kernel bf16[8,3]                            24   33.3%    48 B   yes
+ dropout                                                          0    0.0%     4 B   no
+   rngs              count u32[]                                  0    0.0%     4 B   no
+
+72 parameters (240 B); 17 other numbers (68 B)
+batch  8 samples"""
+
+
+@pytest.mark.parametrize(
+    ("width", "names"),
+    [
+        (200, "module type arrays params share size trains"),
+        (80, "module type arrays params size trains"),
+        (60, "module type params size trains"),
+    ],
+)
+def test_columns_go_where_there_is_no_room(width: int, names: str):
+    summary = summarize(PARAMS, STATE, 2, types={"encoder/first": "MultiHeadAttention"})
+    lines = text_of(summary, width)
+    assert lines[1].split() == names.split()
+    assert "…" not in "".join(lines)
 
 
 def test_summary_of_no_dict_is_refused():

@@ -13,9 +13,12 @@ from jaxtrainer.summary import Summary, summarize
 
 
 class ModelSummary(Callback):
-    """Print the tree of modules with parameters, bytes and what is trained, when `fit` starts.
+    """Print the tree of modules when `fit` starts: classes, shapes, sizes, what trains, the step.
 
-    Made from the names and shapes of the state: the model is not run, and no array is read.
+    Made from the names and shapes of the state and from the compiled step: the model is not run,
+    and no array is read. Below the modules are what `Trainer.plan` says: memory, and the
+    operations of a step. Those are known for the step as a whole only: what one module takes
+    would need its inputs.
 
     Args:
         max_depth: Levels of modules to show; -1 shows all, 0 the totals only.
@@ -41,7 +44,14 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, run: Run) -> None:
         """Print it, in one process only."""
-        state = run.state
-        self.summary = summarize(state.params, state.model_state, max_depth=self.max_depth)
+        state, plan = run.state, run.plan
+        self.summary = summarize(
+            state.params,
+            state.model_state,
+            max_depth=self.max_depth,
+            types=plan.modules,
+            frozen=plan.frozen,
+            figures=plan.figures(),
+        )
         if jax.process_index() == 0:
             (self.console or rich.get_console()).print(self.summary)

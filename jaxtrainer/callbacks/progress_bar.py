@@ -221,7 +221,7 @@ class ProgressBar(Callback):
     def _eval_bar(self, meter: Meter) -> Bar:
         run = self._run
         return Bar(
-            label=self._eval_label,
+            label=" ".join(filter(None, (self._eval_label, run.loader_name))),
             done=run.eval_batch_idx,
             total=run.num_eval_batches,
             elapsed_s=meter.elapsed_s,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from jaxtrainer.callback import Callback
-from jaxtrainer.callbacks.reported import reported_step
 from jaxtrainer.errors import ConfigError, checks_options
 from jaxtrainer.run import Run
 
@@ -41,9 +40,9 @@ class TerminateOnNaN(Callback):
             raise ConfigError(f"TerminateOnNaN needs the name of a series, got {monitor!r}.")
         self.monitor = monitor
 
-    def on_report(self, run: Run, metrics: Mapping[str, float]) -> None:
+    def on_report(self, run: Run, metrics: Mapping[str, float], step: int) -> None:
         """Look at the value of the step."""
-        self._check(run, metrics.get(self.monitor, 0.0), "at step", reported_step(run, metrics))
+        self._check(run, metrics.get(self.monitor, 0.0), "at step", step)
 
     def on_validation_epoch_end(self, run: Run) -> None:
         """Look at the newest value."""

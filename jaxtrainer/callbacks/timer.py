@@ -25,6 +25,7 @@ STAGES: tuple[Stage, ...] = ("train", "validate", "test", "predict")
 PHASES: dict[str, str] = {
     "init": "initialisation",
     "compile": "compilation",
+    "tune": "tuning",
     "data": "waiting for data",
     "device": "waiting for the device",
     "dispatch": "dispatch",
@@ -32,6 +33,12 @@ PHASES: dict[str, str] = {
     "checkpoint": "checkpoints",
 }
 """How the report calls the phases of `run.timings`, in its order."""
+
+
+def named_phases(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of `run.timings` by what the report calls the phases, in its order."""
+    known = {name: seconds.get(key, 0.0) for key, name in PHASES.items()}
+    return {**known, **{key: s for key, s in seconds.items() if key not in PHASES}}
 
 
 @final
@@ -200,9 +207,7 @@ class Timer(Callback):
     def on_fit_end(self, run: Run) -> None:
         """Take the run's timings, and print the report."""
         self._total_s = run.timings.elapsed_s
-        known = {PHASES[key]: run.timings.seconds.get(key, 0.0) for key in PHASES}
-        others = {k: s for k, s in run.timings.seconds.items() if k not in PHASES}
-        self._phases_s = {**known, **others}
+        self._phases_s = named_phases(run.timings.seconds)
         if self.verbose:
             (rich.get_console() if self.console is None else self.console).print(self)
 

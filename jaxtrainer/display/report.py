@@ -1,4 +1,4 @@
-"""The table of where the time went.
+"""The tables of where the time went: by phase, and by hook.
 
 Knows numbers, strings and rich.
 """
@@ -31,4 +31,32 @@ def phase_table(seconds: Mapping[str, float], total_s: float) -> Table:
             table.add_row(name, format_seconds(spent), f"{share:.1%}")
     table.add_section()
     table.add_row("total", format_seconds(total_s), "")
+    return table
+
+
+def hook_table(times: Mapping[str, tuple[int, float]], total_s: float) -> Table:
+    """Return the calls and the time of each hook, those that took longest first.
+
+    Beyond the first ten, those with less than a two-thousandth of the whole are put together.
+
+    Args:
+        times: Calls and seconds by hook.
+        total_s: Seconds of the whole, of which the shares are.
+    """
+    ranked = sorted(times.items(), key=lambda item: -item[1][1])
+    count = max(10, sum(seconds >= total_s / 2000 for _, (_, seconds) in ranked))
+    shown, rest = ranked[:count], [time for _, time in ranked[count:]]
+    if rest:
+        calls, seconds = zip(*rest, strict=True)
+        shown.append((f"{len(rest)} others", (sum(calls), sum(seconds))))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("hook", overflow="fold")
+    for name in ("calls", "total ms", "mean us", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, (calls, seconds) in shown:
+        mean_us = 1e6 * seconds / calls if calls else 0.0
+        share = seconds / total_s if total_s > 0.0 else 0.0
+        table.add_row(
+            name, f"{calls:,}", f"{1e3 * seconds:,.1f}", f"{mean_us:,.1f}", f"{share:.1%}"
+        )
     return table

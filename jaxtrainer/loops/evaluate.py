@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from jaxtrainer.callback import CallbackList
 from jaxtrainer.feed import Chunk, Feed
 from jaxtrainer.loops.views import BatchView
-from jaxtrainer.metrics import LoggedOutputs, Totals
+from jaxtrainer.metrics import LoggedOutputs, MetricSpec, Totals
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree, Stage
 
 HOOK_NAMES: dict[str, str] = {"validate": "validation", "test": "test"}
 
 
-@dataclass(kw_only=True)
-class EvalPlan:
-    """What the loop drives, assembled once by the trainer.
+class EvalStep(Protocol):
+    """The compiled evaluation step.
 
     Attributes:
-        step_for: Compiled program for batches of that many rows; compiles on first use.
-        totals: Meaning of the metrics.
+        capacity: Batches a chunk holds.
+        fused: Whether a call runs several.
+        specs: What the step logs, by the names it uses.
+    """
+
+    capacity: int
+    fused: bool
+
+    @property
+    def specs(self) -> tuple[MetricSpec, ...]:
+        """See the class."""
+        ...
+
+    def for_rows(self, rows: int) -> Callable[..., Any]:
+        """Return the program for batches of that many rows; it compiles on first use."""
+        ...
+
+    def control(self, rows: int) -> np.ndarray:
+        """Return an empty control vector for it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLoader:
+    """One loader of an evaluation.
+
+    Attributes:
+        name: Its name, where several were given by name.
+        step: What runs its batches.
+        totals: Meaning of its metrics, by the names of its series.
+        resident: Data on the device, or None.
         feed: Opened feed; each pass reads a fresh copy.
     """
 
-    stage: Stage
-    step_for: Callable[[int], Callable[..., Any]]
+    name: str | None
+    step: EvalStep
     totals: Totals
     resident: PyTree
     feed: Feed
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPlan:
+    """What the loop drives, assembled once by the trainer."""
+
+    stage: Stage
+    loaders: Sequence[EvalLoader]
     hooks: CallbackList
-    fused: bool
-    capacity: int
+
+    @property
+    def specs(self) -> tuple[MetricSpec, ...]:
+        """Return the series of all loaders."""
+        return tuple(spec for loader in self.loaders for spec in loader.totals.specs)
+
+    def fuse(self, fused: bool) -> None:
+        """Run several batches a dispatch, or one."""
+        for loader in self.loaders:
+            loader.step.fused = fused and loader.step.capacity > 1
 
 
 def evaluate(
     run: Run, plan: EvalPlan, params: PyTree, model_state: PyTree, *, limit: int | None = None
 ) -> dict[str, float]:
-    """Run one pass over the loader and return the exact means of what its steps logged.
+    """Run one pass over each loader and return the exact means of what its steps logged.
 
     A signal that stops the run ends the pass too; it then reports nothing and returns `{}`.
 
@@ -50,65 +94,88 @@ def evaluate(
         plan: What to run.
         params: Parameters on the device.
         model_state: The model's other variables on the device.
-        limit: At most this many batches (the sanity check).
+        limit: At most this many batches of each (the sanity check).
     """
-    hook = _hooks(plan.hooks, HOOK_NAMES[plan.stage])
     run.stage = "sanity" if limit is not None else plan.stage
-    run.eval_batch_idx = 0
-    feed = plan.feed.again(limit)
-    run.num_eval_batches = feed.num_batches
-    hook("start")(run)
-    hook("epoch_start")(run)
-    totals: Any = plan.totals.initial()
-    try:
-        for chunk in feed.start(plan.capacity):
-            totals = _run_chunk(run, plan, feed, chunk, totals, params, model_state)
-            if run.stop_reason == "interrupted":
-                # A part of the data has no exact mean: nothing is reported.
-                return {}
-    finally:
-        feed.close()
-    metrics = plan.totals.compute(np.asarray(totals))
-    if limit is None:
-        run.record("epoch", metrics)
-    hook("epoch_end")(run)
-    hook("end")(run)
+    feeds = [loader.feed.again(limit) for loader in plan.loaders]
+    run.eval_batch_idx, run.num_eval_batches = 0, num_batches_of(feeds)
+    one_pass = _Pass(run, plan, (params, model_state))
+    one_pass.hook("start")(run)
+    one_pass.hook("epoch_start")(run)
+    sums: list[Any] = []
+    for loader, feed in zip(plan.loaders, feeds, strict=True):
+        run.loader_name = loader.name
+        sums.append(one_pass.over(loader, feed))
+        run.loader_name = None
+        if run.stop_reason == "interrupted":
+            # A part of the data has no exact mean: nothing is reported.
+            return {}
+    metrics: dict[str, float] = {}
+    for loader, on_device in zip(plan.loaders, sums, strict=True):
+        totals = np.asarray(on_device)
+        metrics |= loader.totals.compute(totals)
+        run.record_arrays(loader.totals.arrays(totals))
+    run.record("epoch", metrics)
+    if run.stage == "validate":
+        run.note_validated()
+    one_pass.hook("epoch_end")(run)
+    one_pass.hook("end")(run)
     return metrics
 
 
-def _run_chunk(
-    run: Run, plan: EvalPlan, feed: Feed, chunk: Chunk, totals: Any, params: PyTree, state: PyTree
-) -> Any:
-    step = plan.step_for(chunk.rows)
-    is_ragged = chunk.rows != feed.rows
-    capacity = 1 if is_ragged else plan.capacity
-    hook = _hooks(plan.hooks, HOOK_NAMES[plan.stage])
-    starts, ends = (
-        plan.hooks.has(_name(plan, "batch_start")),
-        plan.hooks.has(_name(plan, "batch_end")),
-    )
-    count = 1 if starts or not plan.fused or is_ragged else chunk.size
-    for start in range(0, chunk.size, count):
-        if starts:
-            batch = BatchView(chunk.tree, plan.resident, start).get()
-            hook("batch_start")(run, batch, run.eval_batch_idx)
-        control = np.zeros(3 + capacity, np.int32)
-        control[:2] = start, min(start + count, chunk.size)
-        totals, rows = step(params, state, totals, plan.resident, chunk.tree, control)
-        feed.dispatched(rows)
-        done = int(control[1]) - start
-        run.eval_batch_idx += done
-        for i in range(done if ends else 0):
-            row = start + i if plan.fused and not is_ragged else 0
-            outputs = LoggedOutputs(plan.totals.specs, rows, row)
-            batch = BatchView(chunk.tree, plan.resident, start + i).get()
-            hook("batch_end")(run, outputs, batch, run.eval_batch_idx - done + i)
-    return totals
+def num_batches_of(feeds: Sequence[Feed]) -> int | None:
+    """Return the batches of all feeds together; None if one does not know."""
+    known = [feed.num_batches for feed in feeds if feed.num_batches is not None]
+    return sum(known) if len(known) == len(feeds) else None
 
 
-def _name(plan: EvalPlan, suffix: str) -> str:
-    return f"on_{HOOK_NAMES[plan.stage]}_{suffix}"
+class _Pass:
+    """One pass of an evaluation: what all its loaders have in common."""
 
+    def __init__(self, run: Run, plan: EvalPlan, variables: tuple[PyTree, PyTree]) -> None:
+        self.run = run
+        self.variables = variables
+        self.prefix = f"on_{HOOK_NAMES[plan.stage]}"
+        self.hooks = plan.hooks
+        self.starts = plan.hooks.has(f"{self.prefix}_batch_start")
+        self.ends = plan.hooks.has(f"{self.prefix}_batch_end")
 
-def _hooks(hooks: CallbackList, prefix: str) -> Callable[[str], Callable[..., Any]]:
-    return lambda suffix: getattr(hooks, f"on_{prefix}_{suffix}")
+    def hook(self, suffix: str) -> Callable[..., Any]:
+        return getattr(self.hooks, f"{self.prefix}_{suffix}")
+
+    def over(self, loader: EvalLoader, feed: Feed) -> Any:
+        """Return the totals over the loader's batches, still on the device."""
+        totals: Any = loader.totals.initial()
+        done = 0
+        try:
+            for chunk in feed.start(loader.step.capacity):
+                totals = self._run_chunk(loader, feed, chunk, totals, done)
+                done += chunk.size
+                if self.run.stop_reason == "interrupted":
+                    break
+        finally:
+            feed.close()
+        return totals
+
+    def _run_chunk(
+        self, loader: EvalLoader, feed: Feed, chunk: Chunk, totals: Any, batch_idx: int
+    ) -> Any:
+        run, resident = self.run, loader.resident
+        step = loader.step.for_rows(chunk.rows)
+        fused = loader.step.fused and chunk.rows == feed.rows
+        count = chunk.size if fused and not self.starts else 1
+        for start in range(0, chunk.size, count):
+            if self.starts:
+                batch = BatchView(chunk.tree, resident, start).get()
+                self.hook("batch_start")(run, batch, batch_idx + start)
+            stop = min(start + count, chunk.size)
+            control = loader.step.control(chunk.rows)
+            control[:2] = start, stop
+            totals, rows = step(*self.variables, totals, resident, chunk.tree, control)
+            feed.dispatched(rows)
+            run.eval_batch_idx += stop - start
+            for i in range(start, stop if self.ends else start):
+                outputs = LoggedOutputs(loader.step.specs, rows, i if fused else 0)
+                batch = BatchView(chunk.tree, resident, i).get()
+                self.hook("batch_end")(run, outputs, batch, batch_idx + i)
+        return totals

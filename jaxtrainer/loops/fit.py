@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from jaxtrainer.callback import CallbackList
+from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW
 from jaxtrainer.feed import Chunk, Feed
 from jaxtrainer.loops.report import Reporter
 from jaxtrainer.loops.views import BatchView
 from jaxtrainer.metrics import LoggedOutputs, Totals
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree
-
-CONTROL = 3
-"""Length of the control vector before its flags: start, stop, reset."""
+from jaxtrainer.validation import ANY_NUMBER, Schedule
 
 
 @dataclass(kw_only=True)
@@ -35,8 +34,7 @@ class FitPlan:
         hooks: Overridden hooks.
         reporter: Brings step values to the host.
         validate: Runs validation; None without a validation loader.
-        should_validate: Whether it is due, asked after every dispatch.
-        val_every_n_batches: Dispatches end at its multiples (batches within the epoch).
+        schedule: When validation is due, asked after every dispatch, which end where it says.
         fused: Whether `step` runs several batches at once.
         refuse_stale: Raises if hooks have changed in place what the compiled step had read.
     """
@@ -48,8 +46,7 @@ class FitPlan:
     hooks: CallbackList
     reporter: Reporter
     validate: Callable[[Run], None] | None
-    should_validate: Callable[[Run, bool], bool]
-    val_every_n_batches: int | None
+    schedule: Schedule
     fused: bool
     refuse_stale: Callable[[], None]
 
@@ -59,6 +56,9 @@ def fit(run: Run, plan: FitPlan) -> None:
     hooks = plan.hooks
     run.stage = "train"
     hooks.on_train_start(run)
+    plan.schedule.start(run)
+    if run.owes_validation:
+        _make_up_validation(run, plan)
     chunks = iter(plan.feed)
     run.check_limits()
     while not run.is_done:
@@ -67,7 +67,10 @@ def fit(run: Run, plan: FitPlan) -> None:
         is_whole = _train_epoch(run, plan, chunks)
         if is_whole or run.stop_reason != "interrupted":
             _end_epoch(run, plan)
+        # A hook may have asked to stop: the last values come before the checkpoint, if they can.
+        _validate_at_end(run, plan, is_whole)
         hooks.on_save_point(run)
+        _validate_at_end(run, plan, is_whole)
         if is_whole:
             run.next_epoch()
             run.check_limits()
@@ -106,9 +109,8 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
             if each_batch:
                 _end_batches(run, plan, chunk, rows, start - count, count, first_row)
             run.check_limits()
-            if plan.validate is not None and plan.should_validate(run, is_last):
-                plan.validate(run)
-                run.stage = "train"
+            if plan.validate is not None and plan.schedule.is_due(run, is_last):
+                _validate(run, plan)
             if not is_last:
                 hooks.on_save_point(run)
             if run.is_done and not is_last:
@@ -117,6 +119,27 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
             # Only now is it known that a loader's last batch was left out.
             run.num_batches = run.batch_idx if feed.ragged_rows else run.num_batches
             return True
+
+
+def _validate_at_end(run: Run, plan: FitPlan, is_whole: bool) -> None:
+    if plan.validate is not None and plan.schedule.is_due_at_end(run, is_whole):
+        _validate(run, plan)
+
+
+def _validate(run: Run, plan: FitPlan) -> None:
+    # Until it has run to its end: a resumed run makes up for one that was cut short.
+    run.owes_validation = True
+    if plan.validate is not None and run.stop_reason != "interrupted":
+        plan.validate(run)
+        run.stage = "train"
+
+
+def _make_up_validation(run: Run, plan: FitPlan) -> None:
+    # Of a run saved at the end of an epoch the next one has begun: the values are of the last.
+    is_of_last_epoch = run.batch_idx == 0
+    run.epoch -= is_of_last_epoch
+    _validate(run, plan)
+    run.epoch += is_of_last_epoch
 
 
 def _next_chunk(run: Run, chunks: Iterator[Chunk]) -> Chunk | None:
@@ -132,16 +155,12 @@ def _room(run: Run, plan: FitPlan) -> int:
     """Return how many batches may run before somebody wants control."""
     if not plan.fused or plan.hooks.has("on_train_batch_start"):
         return 1
-    room = 1 << 30
-    if plan.val_every_n_batches is not None:
-        room = plan.val_every_n_batches - run.batch_idx % plan.val_every_n_batches
-    into_window = run.batch_idx % run.accumulate
+    room = ANY_NUMBER if plan.validate is None else plan.schedule.room(run)
     for period in plan.hooks.periods:
-        steps = period - run.global_step % period
-        room = min(room, steps * run.accumulate - into_window)
-    if run.limits.max_steps is not None:
-        steps = run.limits.max_steps - run.global_step
-        room = min(room, steps * run.accumulate - into_window)
+        room = min(room, run.batches_until((run.global_step // period + 1) * period))
+    for step in (*plan.hooks.stops, run.limits.max_steps, run.limits.min_steps):
+        if step is not None and step > run.global_step:
+            room = min(room, run.batches_until(step))
     return max(room, 1)
 
 
@@ -149,17 +168,18 @@ def _control(
     run: Run, chunk: Chunk, start: int, count: int, capacity: int
 ) -> tuple[np.ndarray, list[int]]:
     """Return the control vector, and the optimiser step after each of the batches."""
-    control = np.zeros(CONTROL + capacity, np.int32)
-    control[:CONTROL] = start, start + count, run.batch_idx == 0
-    if run.accumulate == 1:
-        return control, list(range(run.global_step + 1, run.global_step + count + 1))
-    index = run.batch_idx + 1 + np.arange(count)
-    ends = index % run.accumulate == 0
-    # A window that the epoch's end cuts short is applied there, weighted by what it has.
+    control = np.zeros(APPLY + capacity, np.int32)
+    control[:APPLY] = start, start + count, run.batch_idx == 0, run.epoch
+    flags = control[APPLY + start : APPLY + start + count]
+    flags[:] = ENDS_WINDOW
+    if run.accumulate > 1:
+        flags *= (run.batch_idx + 1 + np.arange(count)) % run.accumulate == 0
     if chunk.is_last and start + count == chunk.size:
-        ends[-1] = True
-    control[CONTROL + start : CONTROL + start + count] = ends
-    return control, (run.global_step + np.cumsum(ends)).tolist()
+        # A window that the epoch's end cuts short is applied there, weighted by what it has.
+        flags[-1] = ENDS_WINDOW | ENDS_EPOCH
+    if run.accumulate > 1:
+        return control, (run.global_step + np.cumsum(flags & ENDS_WINDOW)).tolist()
+    return control, list(range(run.global_step + 1, run.global_step + count + 1))
 
 
 def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
@@ -189,6 +209,7 @@ def _end_epoch(run: Run, plan: FitPlan) -> None:
     if run.batch_idx:
         with run.timings.phase("device"):
             totals = np.asarray(run.state.totals)
+        run.record_arrays(plan.totals.arrays(totals))
         run.record("epoch", plan.totals.compute(totals))
     plan.hooks.on_train_epoch_end(run)
     plan.refuse_stale()

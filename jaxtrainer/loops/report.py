@@ -11,8 +11,8 @@ from jaxtrainer.callback import CallbackList
 from jaxtrainer.metrics import Totals
 from jaxtrainer.run import Run
 
-Point = tuple[int, int]
-"""Row of a metrics buffer, and the optimiser step it belongs to."""
+Point = tuple[int, int, int]
+"""Row of a metrics buffer, and the optimiser step and batch of the run that it belongs to."""
 
 
 class Reporter:
@@ -36,11 +36,12 @@ class Reporter:
 
     def after(self, run: Run, rows: jax.Array, first_row: int, steps: Sequence[int]) -> None:
         """Take the rows of a dispatch; `steps` is the optimiser step after each of its batches."""
-        self._last = (rows, (first_row + len(steps) - 1, steps[-1]))
-        before = run.total_batches - len(steps)
+        count, before = len(steps), run.total_batches - len(steps)
+        self._last = (rows, (first_row + count - 1, steps[-1], run.total_batches))
         due = self.every - before % self.every
-        if due <= len(steps):
-            points = [(first_row + i, steps[i]) for i in range(due - 1, len(steps), self.every)]
+        if due <= count:
+            at = range(due - 1, count, self.every)
+            points = [(first_row + i, steps[i], before + i + 1) for i in at]
             self.flush(run)
             self._pending = (rows, points)
             if points[-1] == self._last[1]:
@@ -53,10 +54,10 @@ class Reporter:
         (rows, points), self._pending = self._pending, None
         with run.timings.phase("device"):
             values = np.asarray(rows)
-        for row, step in points:
-            metrics = self.totals.step_values(values[row])
+        for row, step, batch in points:
+            metrics = self.totals.step_values(values[row], batch)
             run.record("step", metrics, step)
-            self.hooks.on_report(run, metrics)
+            self.hooks.on_report(run, metrics, step)
 
     def finish(self, run: Run) -> None:
         """Report what is pending, and the last step if it fell between two reports."""
