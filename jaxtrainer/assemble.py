@@ -30,13 +30,12 @@ from jaxtrainer.programs import (
     batch_spec,
     chunk_spec,
     control_spec,
-    on_mesh,
     shardings,
-    specs_of,
+    trim_memory,
 )
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
-from jaxtrainer.sharding import place, replicated
+from jaxtrainer.sharding import on_mesh, place, replicated
 from jaxtrainer.state import TrainState
 from jaxtrainer.step import (
     Program,
@@ -78,7 +77,7 @@ class TracedStep:
         self.target = without_totals._replace(totals=_totals_spec(session, self.program))
         self.arguments = (
             self.target,
-            specs_of(spec.resident),
+            spec.resident,
             chunk_spec(spec, session.mesh, spec.rows, capacity),
             control_spec(capacity),
         )
@@ -104,7 +103,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     period = validation_period(options.val_check_interval, run.num_batches)
     if session.path is not None:
         check_state(session.path, step.target)
-    dispatch, run.state = _compile_and_init(session, step)
+    dispatch, run.state = _compile_and_init(session, step, feed)
     if evaluation is not None:
         evaluation.fused = dispatch.fused and evaluation.capacity > 1
     session.load_callbacks()
@@ -113,7 +112,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     plan = FitPlan(
         step=dispatch.step,
         totals=totals,
-        resident=feed.spec.resident,
+        resident=feed.resident,
         feed=feed.start(dispatch.capacity),
         hooks=hooks,
         reporter=Reporter(totals, options.log_every_n_steps, hooks),
@@ -151,7 +150,7 @@ def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
         arguments = (
             *variables,
             _totals_spec(session, program),
-            specs_of(spec.resident),
+            spec.resident,
             chunk_spec(spec, mesh, rows, batches),
             control_spec(batches),
         )
@@ -165,7 +164,7 @@ def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
         stage=stage,
         step_for=step_for,
         totals=whole.totals,
-        resident=spec.resident,
+        resident=feed.resident,
         feed=feed,
         hooks=session.hooks,
         fused=False,
@@ -185,7 +184,7 @@ def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]
     def step_for(rows: int) -> Callable[..., Any]:
         is_whole = rows == feed.rows
         chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
-        arguments = (*variables, specs_of(spec.resident), chunk, np.int32(0))
+        arguments = (*variables, spec.resident, chunk, np.int32(0))
         name = "predict step" if is_whole else f"predict step for the last {rows} rows"
         # Traced before the compilation is announced, so that a bad step is found before it.
         lowered = jax.jit(fn).lower(*arguments)
@@ -193,7 +192,7 @@ def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]
 
     return PredictPlan(
         step_for=step_for,
-        resident=spec.resident,
+        resident=feed.resident,
         feed=feed,
         hooks=session.hooks,
         capacity=capacity,
@@ -224,7 +223,9 @@ def step_plan(session: Session, batch: Any) -> Plan:
     return plan_of(compiled, step.target, spec.rows, session.mesh.size)
 
 
-def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, TrainState]:
+def _compile_and_init(
+    session: Session, step: TracedStep, feed: Feed
+) -> tuple[Dispatch, TrainState]:
     """Compile the training step and what makes the first state; run that, or restore it."""
     wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
     cache_dir = session.options.cache_dir
@@ -237,9 +238,12 @@ def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, Tra
             lowered = step.init.lower(*step.init_arguments)
             jobs["init"] = functools.partial(lowered.compile, session.initializer.compile_options())
         # One after the other: XLA uses every core for one, and each holds 100 MB while it compiles.
-        compiled = {name: job() for name, job in jobs.items()}
+        compiled: dict[str, Any] = {}
+        for name, job in jobs.items():
+            compiled[name] = job()
+            trim_memory()
         make_state = compiled.pop("init", None)
-        return choice.decide(compiled), make_state
+        return choice.decide(compiled, feed), make_state
 
     dispatch, make_state = session.compile("train step", compile_step)
     if wanted == "auto":

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrainer.feed import Feed
 from jaxtrainer.sharding import is_lockstep
 from jaxtrainer.step import STOP, Program
 from jaxtrainer.types import PyTree
@@ -100,11 +101,11 @@ class DispatchChoice:
                 self.reason = "a step takes long"
                 break
 
-    def decide(self, compiled: Mapping[str, Callable[..., Any]]) -> Dispatch:
-        """Return the faster of the compiled candidates."""
+    def decide(self, compiled: Mapping[str, Callable[..., Any]], feed: Feed) -> Dispatch:
+        """Return the faster of the compiled candidates; of the feed its resident data is used."""
         name = next(iter(compiled))
         if len(compiled) > 1:
-            name = self._faster(compiled["single"], compiled["fused"])
+            name = self._faster(compiled["single"], compiled["fused"], feed.resident)
             self._remember(name)
         return Dispatch(
             step=compiled[name], fused=name == "fused", capacity=self.capacity, reason=self.reason
@@ -127,8 +128,10 @@ class DispatchChoice:
             draft.write_text(json.dumps({"form": name, "reason": self.reason}))
             draft.replace(self._file)
 
-    def _faster(self, single: Callable[..., Any], fused: Callable[..., Any]) -> str:
-        alone, together = _Trial(single, self.arguments), _Trial(fused, self.arguments)
+    def _faster(
+        self, single: Callable[..., Any], fused: Callable[..., Any], resident: PyTree
+    ) -> str:
+        alone, together = (_Trial(fn, self.arguments, resident) for fn in (single, fused))
         # The first calls set up threads and memory, and are no measure; of the next the best is.
         quick_s = min(alone.run(1, 1) for _ in range(4))
         if quick_s > LONG_STEP_S:
@@ -146,16 +149,19 @@ class DispatchChoice:
 
 
 class _Trial:
-    """A compiled form of the step, run on zeros in place of state and data.
+    """A compiled form of the step, run on zeros in place of state and batches.
 
     Attributes:
         best_s: Least seconds a step so far.
     """
 
-    def __init__(self, program: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        *arrays, control_spec = arguments
+    def __init__(
+        self, program: Callable[..., Any], arguments: tuple[Any, ...], resident: PyTree
+    ) -> None:
+        state, _, chunk, control_spec = arguments
         self._program = program
-        self._state, self._resident, self._chunk = (jax.tree.map(_zeros, x) for x in arrays)
+        self._resident = resident
+        self._state, self._chunk = jax.tree.map(_zeros, state), jax.tree.map(_zeros, chunk)
         self._control = np.zeros(control_spec.shape, np.int32)
         self._lockstep = is_lockstep(jax.tree.leaves(arguments[2])[0].sharding.mesh)
         self.best_s = float("inf")

@@ -26,10 +26,10 @@ from jaxtrainer.feed import Feed
 from jaxtrainer.interrupts import Interrupts
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, batch_limit
-from jaxtrainer.programs import Initializer, on_mesh
+from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
-from jaxtrainer.sharding import build_mesh, check_batch_size, place, replicated
+from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
 from jaxtrainer.types import PyTree, Stage
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
