@@ -18,6 +18,7 @@ from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_o
 from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
 from jaxtrainer.feed import Feed, FeedSpec
+from jaxtrainer.loops.control import Controls
 from jaxtrainer.loops.evaluate import EvalPlan, evaluate
 from jaxtrainer.loops.fit import FitPlan
 from jaxtrainer.loops.predict import PredictPlan
@@ -79,7 +80,7 @@ class TracedStep:
             self.target,
             spec.resident,
             chunk_spec(spec, session.mesh, spec.rows, capacity),
-            control_spec(capacity),
+            control_spec(capacity, session.mesh),
         )
         self._out = (shardings(self.target), replicated(session.mesh))
 
@@ -114,6 +115,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         totals=totals,
         resident=feed.resident,
         feed=feed.start(dispatch.capacity),
+        controls=Controls(dispatch.capacity, lambda x: place(x, replicated(session.mesh))),
         hooks=hooks,
         reporter=Reporter(totals, options.log_every_n_steps, hooks),
         validate=None if evaluation is None else functools.partial(_validate, evaluation),
@@ -152,7 +154,7 @@ def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
             _totals_spec(session, program),
             spec.resident,
             chunk_spec(spec, mesh, rows, batches),
-            control_spec(batches),
+            control_spec(batches, mesh),
         )
         fn = program.fused if plan.fused and is_whole else program.single
         jitted = jax.jit(fn, donate_argnums=2, out_shardings=replicated(mesh))

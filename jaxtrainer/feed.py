@@ -233,8 +233,9 @@ class Feed:
 
     def _throttle(self) -> bool:
         waited = False
-        while self._in_flight.qsize() > self._run_ahead:
-            token = self._in_flight.get()
+        while (excess := self._in_flight.qsize() - self._run_ahead) > 0:
+            # They end in order: to wait for the last is to wait for all.
+            *_, token = [self._in_flight.get() for _ in range(excess)]
             waited = waited or not token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             token.block_until_ready()
         return waited

@@ -19,7 +19,7 @@ from jaxtrainer.checks import configured_model
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
-from jaxtrainer.sharding import batch_sharding, on_mesh
+from jaxtrainer.sharding import batch_sharding, on_mesh, replicated
 from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
 from jaxtrainer.step import APPLY
 from jaxtrainer.types import PyTree
@@ -105,9 +105,9 @@ def batch_spec(spec: FeedSpec, mesh: Mesh, rows: int) -> PyTree:
     return on_mesh(batch, mesh)
 
 
-def control_spec(capacity: int) -> jax.ShapeDtypeStruct:
+def control_spec(capacity: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Return the spec of the control vector."""
-    return jax.ShapeDtypeStruct((APPLY + capacity,), np.int32)
+    return jax.ShapeDtypeStruct((APPLY + capacity,), np.int32, sharding=replicated(mesh))
 
 
 def shardings(specs: PyTree) -> PyTree:

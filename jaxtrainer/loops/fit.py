@@ -13,14 +13,12 @@ import numpy as np
 
 from jaxtrainer.callback import CallbackList
 from jaxtrainer.feed import Chunk, Feed
+from jaxtrainer.loops.control import Controls
 from jaxtrainer.loops.report import Reporter
 from jaxtrainer.loops.views import BatchView
 from jaxtrainer.metrics import LoggedOutputs, Totals
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree
-
-CONTROL = 3
-"""Length of the control vector before its flags: start, stop, reset."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +30,7 @@ class FitPlan:
         totals: Meaning of its metric rows.
         resident: Data on the device, or None.
         feed: Started feed of the training batches.
+        controls: Makes the control vector of each dispatch.
         hooks: Overridden hooks.
         reporter: Brings step values to the host.
         validate: Runs validation; None without a validation loader.
@@ -45,6 +44,7 @@ class FitPlan:
     totals: Totals
     resident: PyTree
     feed: Feed
+    controls: Controls
     hooks: CallbackList
     reporter: Reporter
     validate: Callable[[Run], None] | None
@@ -77,7 +77,7 @@ def fit(run: Run, plan: FitPlan) -> None:
 
 def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
     """Run the rest of the epoch; return whether it was run to its end."""
-    hooks, step, feed = plan.hooks, plan.step, plan.feed
+    hooks, step, feed, controls = plan.hooks, plan.step, plan.feed, plan.controls
     each_batch = hooks.has("on_train_batch_end")
     run.is_epoch_end = False
     while True:
@@ -91,7 +91,10 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
                 run.is_epoch_end = True
                 return True
             count = min(chunk.size - start, _room(run, plan))
-            control, steps = _control(run, chunk, start, count, feed.capacity)
+            if plan.fused:
+                control, steps = controls.several(run, chunk, start, count)
+            else:
+                control, steps = controls.single(run, chunk, start)
             began = run.clock()
             run.state, rows = step(run.state, plan.resident, chunk.tree, control)
             run.timings.seconds["dispatch"] += run.clock() - began
@@ -143,23 +146,6 @@ def _room(run: Run, plan: FitPlan) -> int:
         steps = run.limits.max_steps - run.global_step
         room = min(room, steps * run.accumulate - into_window)
     return max(room, 1)
-
-
-def _control(
-    run: Run, chunk: Chunk, start: int, count: int, capacity: int
-) -> tuple[np.ndarray, list[int]]:
-    """Return the control vector, and the optimiser step after each of the batches."""
-    control = np.zeros(CONTROL + capacity, np.int32)
-    control[:CONTROL] = start, start + count, run.batch_idx == 0
-    if run.accumulate == 1:
-        return control, list(range(run.global_step + 1, run.global_step + count + 1))
-    index = run.batch_idx + 1 + np.arange(count)
-    ends = index % run.accumulate == 0
-    # A window that the epoch's end cuts short is applied there, weighted by what it has.
-    if chunk.is_last and start + count == chunk.size:
-        ends[-1] = True
-    control[CONTROL + start : CONTROL + start + count] = ends
-    return control, (run.global_step + np.cumsum(ends)).tolist()
 
 
 def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
