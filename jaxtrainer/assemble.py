@@ -48,6 +48,9 @@ from jaxtrainer.step import (
 from jaxtrainer.types import PyTree, Stage
 from jaxtrainer.update import OptimizerOptions
 
+_EVAL_STEPS = 32
+"""Batches of a dispatch of an evaluation, whose duration nothing measures."""
+
 
 class TracedStep:
     """The training step, traced once, and the specs of all it works on.
@@ -122,6 +125,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         should_validate=when_to_validate(period, options.check_val_every_n_epoch),
         val_every_n_batches=None if evaluation is None else period,
         fused=dispatch.fused,
+        max_steps=dispatch.steps,
         refuse_stale=functools.partial(refuse_stale, session.module),
     )
     if evaluation is not None and session.record is None:
@@ -134,7 +138,9 @@ def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
     feed, init, mesh = session.feed(loader, stage), session.initializer, session.mesh
     spec, transform = feed.spec, device_transform_of(loader)
     variables = on_mesh((init.params, init.model_state), mesh)
-    capacity = chunk_capacity(session.options.steps_per_dispatch, spec.fed, feed.num_batches)
+    capacity = chunk_capacity(
+        session.options.steps_per_dispatch, spec.fed, feed.num_batches, _EVAL_STEPS
+    )
 
     def build(rows: int) -> Program:
         batches = capacity if rows == feed.rows else 1
@@ -179,7 +185,7 @@ def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]
     """Return what the prediction loop drives."""
     feed, mesh = session.feed(loader, "predict"), session.mesh
     spec, transform = feed.spec, device_transform_of(loader)
-    capacity = chunk_capacity("auto", spec.fed, feed.num_batches)
+    capacity = chunk_capacity("auto", spec.fed, feed.num_batches, _EVAL_STEPS)
     fn = build_predict_step(_step_options(session, spec, transform, capacity))
 
     @functools.cache
@@ -249,7 +255,7 @@ def _compile_and_init(
 
     dispatch, make_state = session.compile("train step", compile_step)
     if wanted == "auto":
-        steps = f"up to {dispatch.capacity} steps" if dispatch.fused else "one step"
+        steps = f"up to {dispatch.steps} steps" if dispatch.fused else "one step"
         session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
     if session.path is not None:
         return dispatch, restore_state(session.path, step.target)

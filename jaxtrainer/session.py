@@ -180,7 +180,11 @@ class Session:
             **base_record(),
             "loop": {**loop, "elapsed_s": run.elapsed_s},
             "data": {**_data_record(self._feeds[0]), "loader_state": loader_state},
-            "program": {"fused": dispatch.fused, "capacity": dispatch.capacity},
+            "program": {
+                "fused": dispatch.fused,
+                "capacity": dispatch.capacity,
+                "steps": dispatch.steps,
+            },
             "metrics": run.metrics,
             "callbacks": self.hooks.state_dict(),
             "user": user,

@@ -146,11 +146,11 @@ def build_train_step(
             state, rows = carry
             batch = _take(options, resident, chunk, i)
             state, row = one_step(state, batch, control[APPLY + i] > 0)
-            return state, rows.at[i].set(row)
+            return state, lax.dynamic_update_index_in_dim(rows, row, i, 0)
 
         rows = jnp.zeros((options.capacity, len(specs)), jnp.float32)
         carry = with_totals(state, control), rows
-        return lax.fori_loop(control[START], control[STOP], body, carry)
+        return _loop(control, body, carry)
 
     return Program(
         single=single,
@@ -189,12 +189,13 @@ def build_eval_step(
             sums, rows = carry
             row, weights = inner(params, model_state, _take(options, resident, chunk, i))
             at = i if length > 1 else 0
-            return totals.update(sums, row, weights), rows.at[at].set(row)
+            rows = lax.dynamic_update_index_in_dim(rows, row, at, 0)
+            return totals.update(sums, row, weights), rows
 
         carry = sums, jnp.zeros((length, len(totals.specs)), jnp.float32)
         if length == 1:
             return body(start, carry)
-        return lax.fori_loop(start, control[STOP], body, carry)
+        return _loop(control, body, carry)
 
     return Program(
         single=functools.partial(program, 1),
@@ -257,6 +258,13 @@ class _Traced:
         weight = batch_weight(outputs, self.where, float(rows))
         state = like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
+
+
+def _loop(control: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    # Unsigned: JAX counts a negative index from the end, in kernels of their own.
+    return lax.fori_loop(
+        control[START].astype("uint32"), control[STOP].astype("uint32"), body, carry
+    )
 
 
 def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:

@@ -37,6 +37,7 @@ class FitPlan:
         should_validate: Whether it is due, asked after every dispatch.
         val_every_n_batches: Dispatches end at its multiples (batches within the epoch).
         fused: Whether `step` runs several batches at once.
+        max_steps: How many at most.
         refuse_stale: Raises if hooks have changed in place what the compiled step had read.
     """
 
@@ -51,6 +52,7 @@ class FitPlan:
     should_validate: Callable[[Run, bool], bool]
     val_every_n_batches: int | None
     fused: bool
+    max_steps: int
     refuse_stale: Callable[[], None]
 
 
@@ -135,7 +137,7 @@ def _room(run: Run, plan: FitPlan) -> int:
     """Return how many batches may run before somebody wants control."""
     if not plan.fused or plan.hooks.has("on_train_batch_start"):
         return 1
-    room = 1 << 30
+    room = plan.max_steps
     if plan.val_every_n_batches is not None:
         room = plan.val_every_n_batches - run.batch_idx % plan.val_every_n_batches
     into_window = run.batch_idx % run.accumulate
