@@ -19,8 +19,9 @@ from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_o
 from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
 from jaxtrainer.evaluation import check_first_batch, eval_plan, step_options, totals_spec
-from jaxtrainer.feed import FeedSpec
+from jaxtrainer.feed import Feed, FeedSpec
 from jaxtrainer.loaders import loaders_by_name, series_of_loader
+from jaxtrainer.loops.controls import Controls
 from jaxtrainer.loops.evaluate import EvalPlan, evaluate
 from jaxtrainer.loops.fit import FitPlan
 from jaxtrainer.loops.report import Reporter
@@ -32,13 +33,12 @@ from jaxtrainer.programs import (
     batch_spec,
     chunk_spec,
     control_spec,
-    on_mesh,
     shardings,
-    specs_of,
+    trim_memory,
 )
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
-from jaxtrainer.sharding import place, replicated
+from jaxtrainer.sharding import on_mesh, place, replicated
 from jaxtrainer.state import TrainState, flat_items
 from jaxtrainer.step import Program, build_train_step
 from jaxtrainer.update import OptimizerOptions, UpdateHook
@@ -82,9 +82,9 @@ class TracedStep:
         self.target = without_totals._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
-            specs_of(spec.resident),
+            spec.resident,
             chunk_spec(spec, session.mesh, spec.rows, capacity),
-            control_spec(capacity),
+            control_spec(capacity, session.mesh),
         )
         self._out = (shardings(self.target), replicated(session.mesh))
 
@@ -128,7 +128,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     )
     if session.path is not None:
         check_state(session.path, step.target)
-    dispatch, run.state = _compile_and_init(session, step)
+    dispatch, run.state = _compile_and_init(session, step, feed)
     if evaluation is not None:
         evaluation.fuse(dispatch.fused)
     session.load_callbacks()
@@ -138,13 +138,15 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     plan = FitPlan(
         step=dispatch.step,
         totals=totals,
-        resident=feed.spec.resident,
+        resident=feed.resident,
         feed=feed.start(dispatch.capacity),
+        controls=Controls(dispatch.capacity, lambda x: place(x, replicated(session.mesh))),
         hooks=hooks,
         reporter=Reporter(totals, options.log_every_n_steps, hooks),
         validate=None if evaluation is None else functools.partial(_validate, evaluation),
         schedule=schedule,
         fused=dispatch.fused,
+        max_steps=dispatch.steps,
         refuse_stale=functools.partial(refuse_stale, session.module),
     )
     if evaluation is not None and session.record is None:
@@ -160,7 +162,9 @@ def step_plan(session: Session, batch: Any) -> Plan:
         batch: A loader, or a batch of arrays or of `jax.ShapeDtypeStruct`.
     """
     session.module.run = session.run
-    leaves = jax.tree.leaves(batch)
+    # A list of batches is a loader, though all its leaves are arrays.
+    is_loader = isinstance(batch, list) and not all(hasattr(x, "shape") for x in batch)
+    leaves = [] if is_loader else jax.tree.leaves(batch)
     if leaves and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves):
         shapes = spec_of(batch if hasattr(leaves[0], "sharding") else as_host_batch(batch))
         spec = FeedSpec(batch=shapes, fed=shapes, rows=num_rows(shapes, "the batch"), resident=None)
@@ -175,7 +179,9 @@ def step_plan(session: Session, batch: Any) -> Plan:
         thaw(session.module)
 
 
-def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, TrainState]:
+def _compile_and_init(
+    session: Session, step: TracedStep, feed: Feed
+) -> tuple[Dispatch, TrainState]:
     """Compile the training step and what makes the first state; run that, or restore it."""
     wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
     cache_dir = session.options.cache_dir
@@ -188,13 +194,16 @@ def _compile_and_init(session: Session, step: TracedStep) -> tuple[Dispatch, Tra
             lowered = step.init.lower(*step.init_arguments)
             jobs["init"] = functools.partial(lowered.compile, session.initializer.compile_options())
         # One after the other: XLA uses every core for one, and each holds 100 MB while it compiles.
-        compiled = {name: job() for name, job in jobs.items()}
+        compiled: dict[str, Any] = {}
+        for name, job in jobs.items():
+            compiled[name] = job()
+            trim_memory()
         make_state = compiled.pop("init", None)
-        return choice.decide(compiled), make_state
+        return choice.decide(compiled, feed), make_state
 
     dispatch, make_state = session.compile("train step", compile_step)
     if wanted == "auto":
-        steps = f"up to {dispatch.capacity} steps" if dispatch.fused else "one step"
+        steps = f"up to {dispatch.steps} steps" if dispatch.fused else "one step"
         session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
     if session.path is not None:
         return dispatch, restore_state(session.path, step.target)

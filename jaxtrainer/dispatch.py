@@ -21,12 +21,19 @@ import jax
 import numpy as np
 
 from jaxtrainer.control import STOP
+from jaxtrainer.feed import Feed
 from jaxtrainer.sharding import is_lockstep
 from jaxtrainer.step import Program
 from jaxtrainer.types import PyTree
 
-MAX_STEPS = 32
+MAX_STEPS = 128
 CHUNK_BYTES = 32 << 20
+SMALL_CHUNK_BYTES = 1 << 20
+"""Up to this size a chunk may hold `MAX_STEPS` batches, above it a quarter."""
+
+DISPATCH_S = 0.05
+"""Seconds that a dispatch is meant to last at most: signals and the bar wait for its end."""
+
 LONG_STEP_S = 5e-3
 """Seconds a step above which fusing cannot gain: a dispatch costs less than a hundredth."""
 
@@ -40,20 +47,29 @@ gets wrong: it also frees the loop's thread."""
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """The compiled training program, and how it was chosen."""
+    """The compiled training program, and how it was chosen.
+
+    Attributes:
+        capacity: Batches that a chunk holds.
+        steps: Batches that one call runs at most.
+    """
 
     step: Callable[..., Any]
     fused: bool
     capacity: int
+    steps: int
     reason: str
 
 
-def chunk_capacity(wanted: int | str, fed: PyTree, num_batches: int | None) -> int:
+def chunk_capacity(
+    wanted: int | str, fed: PyTree, num_batches: int | None, most: int = MAX_STEPS
+) -> int:
     """Return how many batches the feed stacks to a chunk: bounded in bytes and by the epoch."""
     if isinstance(wanted, int) and wanted > 1:
         return wanted
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(fed))
-    bounds = [MAX_STEPS, max(1, CHUNK_BYTES // max(size, 1))]
+    most = most if size * most <= SMALL_CHUNK_BYTES else min(most, MAX_STEPS // 4)
+    bounds = [most, max(1, CHUNK_BYTES // max(size, 1))]
     return min([*bounds, num_batches] if num_batches else bounds)
 
 
@@ -85,13 +101,17 @@ class DispatchChoice:
         self.arguments = arguments
         self._file = None if memory is None else memory / f"{_key(program, arguments)}.json"
         self.capacity = jax.tree.leaves(arguments[2])[0].shape[0]
+        self.steps = self.capacity
         self.reason = "as asked for" if saved is None else "as in the checkpoint"
-        if saved is not None or wanted != "auto" or self.capacity == 1:
-            is_fused = bool(saved["fused"]) if saved is not None else wanted != 1
-            names = ["fused" if is_fused and self.capacity > 1 else "single"]
+        if saved is not None:
+            names = ["fused" if saved["fused"] else "single"]
+            self.steps = saved["steps"]
+        elif wanted != "auto" or self.capacity == 1:
+            names = ["fused" if wanted != 1 and self.capacity > 1 else "single"]
         elif remembered := self._remembered():
             self.reason = "as measured before"
-            names = [remembered]
+            name, self.steps = remembered
+            names = [name]
         else:
             names = ["single", "fused"]
         self.lowered: dict[str, Any] = {}
@@ -101,22 +121,27 @@ class DispatchChoice:
                 self.reason = "a step takes long"
                 break
 
-    def decide(self, compiled: Mapping[str, Callable[..., Any]]) -> Dispatch:
-        """Return the faster of the compiled candidates."""
+    def decide(self, compiled: Mapping[str, Callable[..., Any]], feed: Feed) -> Dispatch:
+        """Return the faster of the compiled candidates; of the feed its resident data is used."""
         name = next(iter(compiled))
         if len(compiled) > 1:
-            name = self._faster(compiled["single"], compiled["fused"])
+            name = self._faster(compiled["single"], compiled["fused"], feed.resident)
             self._remember(name)
         return Dispatch(
-            step=compiled[name], fused=name == "fused", capacity=self.capacity, reason=self.reason
+            step=compiled[name],
+            fused=name == "fused",
+            capacity=self.capacity,
+            steps=self.steps,
+            reason=self.reason,
         )
 
-    def _remembered(self) -> str | None:
+    def _remembered(self) -> tuple[str, int] | None:
         try:
-            name = json.loads(self._file.read_text())["form"] if self._file else None
+            found = json.loads(self._file.read_text()) if self._file else {}
+            name, steps = found["form"], int(found["steps"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return name if name in ("single", "fused") else None
+        return (name, steps) if name in ("single", "fused") and steps > 0 else None
 
     def _remember(self, name: str) -> None:
         if self._file is None:
@@ -125,11 +150,13 @@ class DispatchChoice:
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             draft = self._file.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({"form": name, "reason": self.reason}))
+            draft.write_text(json.dumps({"form": name, "steps": self.steps, "reason": self.reason}))
             draft.replace(self._file)
 
-    def _faster(self, single: Callable[..., Any], fused: Callable[..., Any]) -> str:
-        alone, together = _Trial(single, self.arguments), _Trial(fused, self.arguments)
+    def _faster(
+        self, single: Callable[..., Any], fused: Callable[..., Any], resident: PyTree
+    ) -> str:
+        alone, together = (_Trial(fn, self.arguments, resident) for fn in (single, fused))
         # The first calls set up threads and memory, and are no measure; of the next the best is.
         quick_s = min(alone.run(1, 1) for _ in range(4))
         if quick_s > LONG_STEP_S:
@@ -141,22 +168,26 @@ class DispatchChoice:
         for _ in range(_ROUNDS):
             alone.run(1, steps)
             together.run(steps, 1)
+        self.steps = max(1, min(self.capacity, int(DISPATCH_S / together.best_s)))
         figures = together.best_s * 1e6, alone.best_s * 1e6
         self.reason = "{:.0f} us a step fused, {:.0f} us one by one".format(*figures)
         return "fused" if together.best_s < alone.best_s * _SLACK else "single"
 
 
 class _Trial:
-    """A compiled form of the step, run on zeros in place of state and data.
+    """A compiled form of the step, run on zeros in place of state and batches.
 
     Attributes:
         best_s: Least seconds a step so far.
     """
 
-    def __init__(self, program: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        *arrays, control_spec = arguments
+    def __init__(
+        self, program: Callable[..., Any], arguments: tuple[Any, ...], resident: PyTree
+    ) -> None:
+        state, _, chunk, control_spec = arguments
         self._program = program
-        self._state, self._resident, self._chunk = (jax.tree.map(_zeros, x) for x in arrays)
+        self._resident = resident
+        self._state, self._chunk = jax.tree.map(_zeros, state), jax.tree.map(_zeros, chunk)
         self._control = np.zeros(control_spec.shape, np.int32)
         self._lockstep = is_lockstep(jax.tree.leaves(arguments[2])[0].sharding.mesh)
         self.best_s = float("inf")

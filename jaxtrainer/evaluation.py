@@ -20,11 +20,14 @@ from jaxtrainer.loaders import loaders_by_name, totals_of_loader
 from jaxtrainer.loops.evaluate import EvalLoader, EvalPlan
 from jaxtrainer.loops.predict import PredictLoader, PredictPlan
 from jaxtrainer.metrics import MetricSpec
-from jaxtrainer.programs import batch_spec, chunk_spec, control_spec, specs_of
+from jaxtrainer.programs import batch_spec, chunk_spec, control_spec
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import replicated
 from jaxtrainer.step import Program, StepOptions, build_eval_step, build_predict_step
 from jaxtrainer.types import PyTree, Stage
+
+_MAX_STEPS = 32
+"""Batches of a dispatch, whose duration nothing measures here."""
 
 
 def eval_plan(session: Session, stage: Stage, loader: Any) -> EvalPlan:
@@ -52,10 +55,10 @@ def _eval_loader(
     arguments = loader_arguments(session.module, stage, name)
     feed, transform = session.feed(loader, stage, name), device_transform_of(loader)
     wanted = session.options.steps_per_dispatch
-    capacity = chunk_capacity(wanted, feed.spec.fed, feed.num_batches)
+    capacity = chunk_capacity(wanted, feed.spec.fed, feed.num_batches, _MAX_STEPS)
     options = step_options(session, feed.spec, transform, capacity, arguments)
     # Batches that look alike to the trace are run by one program, unless it knows the loader.
-    specs = specs_of((feed.spec.batch, feed.spec.fed, feed.spec.resident))
+    specs = (feed.spec.batch, feed.spec.fed, feed.spec.resident)
     shapes = (jax.tree.structure(specs), *jax.tree.leaves(specs))
     key = (shapes, feed.rows, capacity, id(transform), *arguments.values())
     if key not in steps:
@@ -66,7 +69,7 @@ def _eval_loader(
         name=name,
         step=step,
         totals=totals_of_loader(step.specs, name),
-        resident=feed.spec.resident,
+        resident=feed.resident,
         feed=feed,
     )
 
@@ -107,7 +110,7 @@ class EvaluationStep:
 
     def control(self, rows: int) -> np.ndarray:
         """Return an empty control vector for such batches."""
-        return np.zeros(control_spec(self._batches(rows)).shape, np.int32)
+        return np.zeros(control_spec(self._batches(rows), self._session.mesh).shape, np.int32)
 
     def _batches(self, rows: int) -> int:
         return self.capacity if rows == self._spec.rows else 1
@@ -122,9 +125,9 @@ class EvaluationStep:
         arguments = (
             *self._variables,
             totals_spec(self._session, program),
-            specs_of(self._spec.resident),
+            self._spec.resident,
             chunk_spec(self._spec, mesh, rows, batches),
-            control_spec(batches),
+            control_spec(batches, mesh),
         )
         fn = program.fused if self.fused and is_whole else program.single
         jitted = jax.jit(fn, donate_argnums=2, out_shardings=replicated(mesh))
@@ -151,7 +154,7 @@ def _predict_loader(
         device_transform_of(loader),
     )
     spec = feed.spec
-    capacity = chunk_capacity("auto", spec.fed, feed.num_batches)
+    capacity = chunk_capacity("auto", spec.fed, feed.num_batches, _MAX_STEPS)
     fn = build_predict_step(step_options(session, spec, transform, capacity, arguments))
     title = "predict step" if name is None else f"predict step of {name!r}"
 
@@ -159,14 +162,14 @@ def _predict_loader(
     def step_for(rows: int) -> Callable[..., Any]:
         is_whole = rows == feed.rows
         chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
-        arguments = (*variables, specs_of(spec.resident), chunk, np.int32(0))
+        arguments = (*variables, spec.resident, chunk, np.int32(0))
         # Traced before the compilation is announced, so that a bad step is found before it.
         lowered = jax.jit(fn).lower(*arguments)
         of_rows = title if is_whole else f"{title} for the last {rows} rows"
         return session.compile(of_rows, lowered.compile)
 
     return PredictLoader(
-        name=name, step_for=step_for, resident=spec.resident, feed=feed, capacity=capacity
+        name=name, step_for=step_for, resident=feed.resident, feed=feed, capacity=capacity
     )
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
-from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
+from jaxtrainer.sharding import batch_sharding, is_lockstep, on_mesh, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
 
 RESIDENT_BYTES = 1 << 30
@@ -59,7 +59,7 @@ class FeedSpec:
         batch: Spec of one batch as the step sees it, before the device transform.
         fed: Spec of what travels for one batch: the batch, or int32 row indices.
         rows: Samples of a batch.
-        resident: Arrays that live on the device, from which the indices take rows, or None.
+        resident: Spec of the arrays on the device from which the indices take rows, or None.
     """
 
     batch: PyTree
@@ -106,10 +106,11 @@ class Feed:
         self._start, self._state = start, state
         self._thread: threading.Thread | None = None
         self._chunks: Chunks
+        self._placed: list[PyTree] = []
         resident = None
         if isinstance(source, IndexedSource):
             if is_resident(source.loader):
-                resident = place(as_host_batch(source.loader.arrays), replicated(mesh))
+                resident = on_mesh(as_host_batch(source.loader.arrays), mesh)
             self._chunks = IndexedChunks(source, options, gathers=resident is None)
         else:
             position = {"epoch": self._first_epoch, "start": start, "state": state}
@@ -122,6 +123,19 @@ class Feed:
             rows=self.rows,
             resident=resident,
         )
+
+    @property
+    def resident(self) -> PyTree | None:
+        """The arrays that live on the device, or None; the first use puts them there.
+
+        That is after compilation, whose peak of memory they would raise.
+        """
+        if isinstance(self.source, IndexedSource) and self.spec.resident is not None:
+            if not self._placed:
+                arrays = as_host_batch(self.source.loader.arrays)
+                self._placed.append(place(arrays, replicated(self.mesh)))
+            return self._placed[0]
+        return None
 
     @property
     def num_batches(self) -> int | None:
@@ -221,8 +235,9 @@ class Feed:
 
     def _throttle(self) -> bool:
         waited = False
-        while self._in_flight.qsize() > self._run_ahead:
-            token = self._in_flight.get()
+        while (excess := self._in_flight.qsize() - self._run_ahead) > 0:
+            # They end in order: to wait for the last is to wait for all.
+            *_, token = [self._in_flight.get() for _ in range(excess)]
             waited = waited or not token.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
             token.block_until_ready()
         return waited

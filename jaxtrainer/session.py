@@ -30,10 +30,10 @@ from jaxtrainer.interrupts import Interrupts
 from jaxtrainer.loaders import refuse_several
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
-from jaxtrainer.programs import Initializer, on_mesh
+from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
-from jaxtrainer.sharding import build_mesh, check_batch_size, place, replicated
+from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
 from jaxtrainer.types import PyTree, Stage
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
@@ -236,7 +236,11 @@ class Session:
             "loop": {**loop, "elapsed_s": run.elapsed_s},
             "validation": {name: getattr(run, name) for name in _VALIDATION},
             "data": {**_data_record(self._feeds[0]), "loader_state": loader_state},
-            "program": {"fused": dispatch.fused, "capacity": dispatch.capacity},
+            "program": {
+                "fused": dispatch.fused,
+                "capacity": dispatch.capacity,
+                "steps": dispatch.steps,
+            },
             "metrics": run.metrics,
             "callbacks": self.hooks.state_dict(),
             "user": user,
@@ -326,6 +330,8 @@ class Session:
         run.resumed_step = run.global_step
 
     def _keep_model(self) -> None:
+        # It holds the traced step and its program.
+        self.run.make_plan = None
         state = self.run.state
         if state is None or self._init is None:
             return

@@ -57,6 +57,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return abstract arrays that live whole on every device of the mesh."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def batch_sharding(mesh: Mesh, batch_size: int, *, stacked: bool) -> NamedSharding:
     """Return where a batch lives: rows divided over the data axes, or whole on each device.
 

@@ -186,13 +186,13 @@ def build_train_step(
         def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, rows = carry
             batch = _take(options, resident, chunk, i)
-            is_seen = i + 1 == control[STOP]
+            is_seen = i + 1 == control[STOP].astype(i.dtype)
             state, row = one_step(state, batch, control[EPOCH], control[APPLY + i], is_seen)
-            return state, rows.at[i].set(row)
+            return state, lax.dynamic_update_index_in_dim(rows, row, i, 0)
 
         rows = jnp.zeros((options.capacity, totals.num_scalars), jnp.float32)
         carry = with_totals(state, control), rows
-        return lax.fori_loop(control[START], control[STOP], body, carry)
+        return _loop(control, body, carry)
 
     return Program(
         single=single,
@@ -231,12 +231,13 @@ def build_eval_step(
             sums, rows = carry
             row, weights = inner(params, model_state, _take(options, resident, chunk, i))
             at = i if length > 1 else 0
-            return totals.update(sums, row, weights), rows.at[at].set(totals.scalars(row))
+            rows = lax.dynamic_update_index_in_dim(rows, totals.scalars(row), at, 0)
+            return totals.update(sums, row, weights), rows
 
         carry = sums, jnp.zeros((length, totals.num_scalars), jnp.float32)
         if length == 1:
             return body(start, carry)
-        return lax.fori_loop(start, control[STOP], body, carry)
+        return _loop(control, body, carry)
 
     return Program(
         single=functools.partial(program, 1),
@@ -331,6 +332,12 @@ def _refuse_twice(specs: Sequence[MetricSpec]) -> None:
 
 def _join(*rows: Array) -> Array:
     return jnp.concatenate(rows)
+
+
+def _loop(control: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
+    # Unsigned: JAX counts a negative index from the end, in kernels of their own.
+    start, stop = control[START].astype(jnp.uint32), control[STOP].astype(jnp.uint32)
+    return lax.fori_loop(start, stop, body, carry)
 
 
 def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:

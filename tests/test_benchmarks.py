@@ -37,7 +37,7 @@ def test_overhead_times_trainer_and_references():
     runs, added = (table["rows"] for table in report.tables)
     assert {"trainer", "K = 1", "limit", "bare"} < {row["run"] for row in runs}
     assert all(row["us/step"] > 0 for row in runs)
-    assert {row["run"]: row["K"] for row in runs}["trainer"] in ("1", "32")
+    assert 1 <= int({row["run"]: row["K"] for row in runs}["trainer"]) <= 64
     assert all(math.isfinite(row["us/step"]) for row in added)
 
 

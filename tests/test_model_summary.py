@@ -88,12 +88,17 @@ def test_plan_of_a_run_is_that_of_the_trainer():
 
     plans = Plans()
     trainer = make_trainer([plans], max_epochs=1)
-    planned = trainer.plan(Tiny(), make_batches(1)[0])
+    planned = trainer.plan(Tiny(), make_batches(2))
     trainer.fit(Tiny(), make_batches(2))
     same = ("num_params", "state_bytes", "device_bytes", "batch_size", "modules", "shards")
     assert [getattr(plans.plan, n) for n in same] == [getattr(planned, n) for n in same]
     # The batch is taken out of a chunk of several, which counts some operations.
     assert plans.plan.flops == pytest.approx(planned.flops, abs=50)
+
+
+def test_plan_of_a_loader_is_that_of_its_batch():
+    batches, trainer = make_batches(2), make_trainer(max_epochs=1)
+    assert trainer.plan(Tiny(), batches) == trainer.plan(Tiny(), batches[0])
 
 
 def test_there_is_no_plan_outside_fit():

@@ -24,13 +24,13 @@ from jaxtrainer.callbacks.throughput import Throughput
 from jaxtrainer.callbacks.timer import Timer
 
 __all__ = [
+    "EMA",
     "Accuracy",
     "BackboneFinetuning",
     "BatchSizeFinder",
     "Checkpoint",
     "ConfusionMatrix",
     "DeviceStats",
-    "EMA",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "GradientMonitor",

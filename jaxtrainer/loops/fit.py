@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from jaxtrainer.callback import CallbackList
-from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW
 from jaxtrainer.feed import Chunk, Feed
+from jaxtrainer.loops.controls import Controls
 from jaxtrainer.loops.report import Reporter
 from jaxtrainer.loops.views import BatchView
 from jaxtrainer.metrics import LoggedOutputs, Totals
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree
-from jaxtrainer.validation import ANY_NUMBER, Schedule
+from jaxtrainer.validation import Schedule
 
 
 @dataclass(kw_only=True)
@@ -31,11 +31,13 @@ class FitPlan:
         totals: Meaning of its metric rows.
         resident: Data on the device, or None.
         feed: Started feed of the training batches.
+        controls: Makes the control vector of each dispatch.
         hooks: Overridden hooks.
         reporter: Brings step values to the host.
         validate: Runs validation; None without a validation loader.
         schedule: When validation is due, asked after every dispatch, which end where it says.
         fused: Whether `step` runs several batches at once.
+        max_steps: How many at most.
         refuse_stale: Raises if hooks have changed in place what the compiled step had read.
     """
 
@@ -43,11 +45,13 @@ class FitPlan:
     totals: Totals
     resident: PyTree
     feed: Feed
+    controls: Controls
     hooks: CallbackList
     reporter: Reporter
     validate: Callable[[Run], None] | None
     schedule: Schedule
     fused: bool
+    max_steps: int
     refuse_stale: Callable[[], None]
 
 
@@ -80,7 +84,7 @@ def fit(run: Run, plan: FitPlan) -> None:
 
 def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
     """Run the rest of the epoch; return whether it was run to its end."""
-    hooks, step, feed = plan.hooks, plan.step, plan.feed
+    hooks, step, feed, controls = plan.hooks, plan.step, plan.feed, plan.controls
     each_batch = hooks.has("on_train_batch_end")
     run.is_epoch_end = False
     while True:
@@ -94,7 +98,10 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
                 run.is_epoch_end = True
                 return True
             count = min(chunk.size - start, _room(run, plan))
-            control, steps = _control(run, chunk, start, count, feed.capacity)
+            if plan.fused:
+                control, steps = controls.several(run, chunk, start, count)
+            else:
+                control, steps = controls.single(run, chunk, start)
             began = run.clock()
             run.state, rows = step(run.state, plan.resident, chunk.tree, control)
             run.timings.seconds["dispatch"] += run.clock() - began
@@ -155,31 +162,15 @@ def _room(run: Run, plan: FitPlan) -> int:
     """Return how many batches may run before somebody wants control."""
     if not plan.fused or plan.hooks.has("on_train_batch_start"):
         return 1
-    room = ANY_NUMBER if plan.validate is None else plan.schedule.room(run)
+    room = plan.max_steps
+    if plan.validate is not None:
+        room = min(room, plan.schedule.room(run))
     for period in plan.hooks.periods:
         room = min(room, run.batches_until((run.global_step // period + 1) * period))
     for step in (*plan.hooks.stops, run.limits.max_steps, run.limits.min_steps):
         if step is not None and step > run.global_step:
             room = min(room, run.batches_until(step))
     return max(room, 1)
-
-
-def _control(
-    run: Run, chunk: Chunk, start: int, count: int, capacity: int
-) -> tuple[np.ndarray, list[int]]:
-    """Return the control vector, and the optimiser step after each of the batches."""
-    control = np.zeros(APPLY + capacity, np.int32)
-    control[:APPLY] = start, start + count, run.batch_idx == 0, run.epoch
-    flags = control[APPLY + start : APPLY + start + count]
-    flags[:] = ENDS_WINDOW
-    if run.accumulate > 1:
-        flags *= (run.batch_idx + 1 + np.arange(count)) % run.accumulate == 0
-    if chunk.is_last and start + count == chunk.size:
-        # A window that the epoch's end cuts short is applied there, weighted by what it has.
-        flags[-1] = ENDS_WINDOW | ENDS_EPOCH
-    if run.accumulate > 1:
-        return control, (run.global_step + np.cumsum(flags & ENDS_WINDOW)).tolist()
-    return control, list(range(run.global_step + 1, run.global_step + count + 1))
 
 
 def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
