@@ -53,6 +53,7 @@ class TracedStep:
         target: Specs of the state, with shardings.
         init: Jitted function that makes the first state, without metric totals.
         arguments: Specs of the program's arguments.
+        counts_epochs: Whether an optimiser or averaging starts at an epoch: the step must know it.
         rows: Samples of a batch.
         trained: Names of the parameters that an optimiser changes.
     """
@@ -72,6 +73,8 @@ class TracedStep:
         if optimizer.is_manual:
             refuse_options(optimizer, type(session.module).__name__)
         averaging = session.hooks.averaging(session.run)
+        starts = any(o.start_epoch for o in optimizer.optimizers.values())
+        self.counts_epochs = starts or averaging is not None
         make_state, self.init_arguments = init.state_fn(optimizer, averaging)
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
@@ -140,7 +143,11 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         totals=totals,
         resident=feed.resident,
         feed=feed.start(dispatch.capacity),
-        controls=Controls(dispatch.capacity, lambda x: place(x, replicated(session.mesh))),
+        controls=Controls(
+            dispatch.capacity,
+            lambda x: place(x, replicated(session.mesh)),
+            counts_epochs=step.counts_epochs,
+        ),
         hooks=hooks,
         reporter=Reporter(totals, options.log_every_n_steps, hooks),
         validate=None if evaluation is None else functools.partial(_validate, evaluation),

@@ -156,7 +156,8 @@ class DispatchChoice:
     def _faster(
         self, single: Callable[..., Any], fused: Callable[..., Any], resident: PyTree
     ) -> str:
-        alone, together = (_Trial(fn, self.arguments, resident) for fn in (single, fused))
+        trials = _Trials(self.arguments, resident)
+        alone, together = trials.of(single), trials.of(fused)
         # The first calls set up threads and memory, and are no measure; of the next the best is.
         quick_s = min(alone.run(1, 1) for _ in range(4))
         if quick_s > LONG_STEP_S:
@@ -174,35 +175,44 @@ class DispatchChoice:
         return "fused" if together.best_s < alone.best_s * _SLACK else "single"
 
 
+class _Trials:
+    """Runs forms of the step in turn, on one set of zeros in place of state and batches."""
+
+    def __init__(self, arguments: tuple[Any, ...], resident: PyTree) -> None:
+        state, _, chunk, control_spec = arguments
+        self.resident = resident
+        self.state, self.chunk = jax.tree.map(_zeros, state), jax.tree.map(_zeros, chunk)
+        self.control = np.zeros(control_spec.shape, np.int32)
+        self.is_lockstep = is_lockstep(jax.tree.leaves(arguments[2])[0].sharding.mesh)
+
+    def of(self, program: Callable[..., Any]) -> _Trial:
+        """Return the trial of one form."""
+        return _Trial(self, program)
+
+
 class _Trial:
-    """A compiled form of the step, run on zeros in place of state and batches.
+    """A compiled form of the step.
 
     Attributes:
         best_s: Least seconds a step so far.
     """
 
-    def __init__(
-        self, program: Callable[..., Any], arguments: tuple[Any, ...], resident: PyTree
-    ) -> None:
-        state, _, chunk, control_spec = arguments
+    def __init__(self, trials: _Trials, program: Callable[..., Any]) -> None:
+        self._trials = trials
         self._program = program
-        self._resident = resident
-        self._state, self._chunk = jax.tree.map(_zeros, state), jax.tree.map(_zeros, chunk)
-        self._control = np.zeros(control_spec.shape, np.int32)
-        self._lockstep = is_lockstep(jax.tree.leaves(arguments[2])[0].sharding.mesh)
         self.best_s = float("inf")
 
     def run(self, steps: int, calls: int) -> float:
         """Return the seconds a step of `calls` dispatches of `steps` each."""
-        self._control[STOP] = steps
+        on = self._trials
+        on.control[STOP] = steps
         began = time.perf_counter()
         for _ in range(calls):
-            self._state, rows = self._program(
-                self._state, self._resident, self._chunk, self._control.copy()
-            )
-            if self._lockstep:
+            arguments = on.state, on.resident, on.chunk, on.control.copy()
+            on.state, rows = self._program(*arguments)
+            if on.is_lockstep:
                 rows.block_until_ready()
-        jax.block_until_ready(self._state)
+        jax.block_until_ready(on.state)
         seconds = (time.perf_counter() - began) / (steps * calls)
         self.best_s = min(self.best_s, seconds)
         return seconds
@@ -210,8 +220,9 @@ class _Trial:
 
 def _key(program: Program, arguments: tuple[Any, ...]) -> str:
     specs = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments)]
-    kind = jax.devices()[0].device_kind
-    text = repr((program.fingerprint, specs, kind, jax.device_count(), jax.__version__))
+    mesh = jax.tree.leaves(arguments[2])[0].sharding.mesh
+    where = jax.devices()[0].device_kind, dict(mesh.shape), jax.device_count()
+    text = repr((program.fingerprint, specs, where, jax.__version__))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

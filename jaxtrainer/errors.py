@@ -107,6 +107,18 @@ def checks_options(init: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def refuse_unknown(method: Callable[..., object], unknown: Iterable[str]) -> None:
+    """Raise OptionError if there are keywords that a bound method does not know.
+
+    For a method that takes `**unknown: Never`, where the frame of `checks_options` would stay on
+    the stack of every training step.
+    """
+    names = [n for n in inspect.signature(method).parameters if n != "unknown"]
+    for name in unknown:
+        owner = type(getattr(method, "__self__", None))
+        raise OptionError(_unknown_option(owner, method, name, names))
+
+
 def _unknown_option(
     owner: type, init: Callable[..., object], name: str, names: Iterable[str]
 ) -> str:

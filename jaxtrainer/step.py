@@ -135,7 +135,8 @@ def build_train_step(
     inner = jax.jit(run_step, inline=True)
     arguments = (
         *(state.params, state.model_state, batch, state.rng, state.batch_count),
-        *(state.opt_state, jax.ShapeDtypeStruct((), np.int32)),
+        # The epoch's type is that of the other counter; another would be traced a second time.
+        *(state.opt_state, state.batch_count),
     )
     traced = jax.make_jaxpr(inner)(*arguments)
     refuse_leaked(traced.consts, trace.where)

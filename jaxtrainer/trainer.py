@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Never
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -32,6 +32,7 @@ from jaxtrainer.errors import (
     ConfigError,
     checks_options,
     did_you_mean,
+    refuse_unknown,
 )
 from jaxtrainer.evaluation import eval_plan, predict_plan
 from jaxtrainer.every import Every, as_interval
@@ -179,7 +180,6 @@ class Trainer:
         self._saves = not dev_batches
         self._place(self.callbacks)
 
-    @checks_options
     def fit(
         self,
         module: TrainModule,
@@ -188,6 +188,7 @@ class Trainer:
         *,
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        **unknown: Never,
     ) -> FitResult:
         """Train the module.
 
@@ -201,6 +202,7 @@ class Trainer:
             datamodule: A `DataModule` in place of the loaders.
             ckpt_path: Go on from a checkpoint: `"last"` or `"best"` of the `Checkpoint` callback,
                 a run directory, or a step directory in one.
+            **unknown: There are no other options; a misspelt one is named in the error.
 
         Returns:
             History, metrics, counters, timings and checkpoints of the run.
@@ -246,11 +248,12 @@ class Trainer:
         Where several steps are fused into one dispatch, `on_train_batch_end` runs once for each
         of them when it is dispatched, and what follows it once. Compilation, reports, saving,
         loading and exceptions have hooks of their own, which come when they happen. Finders run
-        after `setup`, and ask for the training loader by then. Of several
-        validation loaders the batches run loader by loader, each from index 0, and
-        `run.loader_name` says which. Where a hook stops training at the end of an epoch, a last
-        validation that is still due comes before `on_save_point`.
+        after `setup`, and ask for the training loader by then. Of several validation loaders the
+        batches run loader by loader, each from index 0, and `run.loader_name` says which. Where a
+        hook stops training at the end of an epoch, a last validation that is still due comes
+        before `on_save_point`.
         """
+        refuse_unknown(self.fit, unknown)
         require(module, ("configure_model", "configure_optimizers", "training_step"))
         loaders = Loaders("fit", module, datamodule, train=train_loader, validate=val_loader)
         loaders.require("train")

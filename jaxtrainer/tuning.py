@@ -181,7 +181,7 @@ class _RangeTest:
             control[STOP] = count
             ends = (len(losses) + 1 + np.arange(count)) % accumulate == 0
             control[APPLY : APPLY + count] = ENDS_WINDOW * ends
-            state, rows = program(state, self.feed.spec.resident, chunk.tree, control)
+            state, rows = program(state, self.feed.resident, chunk.tree, control)
             losses += np.asarray(rows)[:count, self._column].tolist()
             if len(losses) == total:
                 break

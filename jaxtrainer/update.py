@@ -91,14 +91,16 @@ def update_specs(
     """Return what an update logs, in the order of its row; nothing is computed."""
     if options.is_manual:
         return ()
-    log = _UpdateLog(options, jnp.int32(0))
+    specs: list[MetricSpec] = []
 
-    def update(params: Nested, opt_state: PyTree) -> Any:
-        loss, epoch = jnp.zeros(()), jnp.int32(0)
-        return _update(options, log, params, opt_state, options.trained(params), loss, epoch)
+    def update(params: Nested, opt_state: PyTree, loss: Array, count: Array) -> Any:
+        log = _UpdateLog(options, count)
+        _update(options, log, params, opt_state, options.trained(params), loss, count)
+        specs.extend(log.specs)
 
-    jax.eval_shape(update, params, opt_state)
-    return tuple(log.specs)
+    scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    jax.eval_shape(update, params, opt_state, *scalars)
+    return tuple(specs)
 
 
 def optimise(

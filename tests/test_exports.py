@@ -22,13 +22,13 @@ PUBLIC = [
     "read_predictions",
 ]
 CALLBACKS = [
+    "EMA",
     "Accuracy",
     "BackboneFinetuning",
     "BatchSizeFinder",
     "Checkpoint",
     "ConfusionMatrix",
     "DeviceStats",
-    "EMA",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "GradientMonitor",

@@ -131,7 +131,7 @@ def test_resume_with_named_optimizers_is_the_uninterrupted_run(tmp_path: Path):
         (nnx.Param, NAMES),
         (..., NAMES),
     ],
-    ids=str,
+    ids=["path", "leaf", "glob", "several", "filter", "function", "type", "all"],
 )
 def test_optimizer_changes_what_it_owns_and_nothing_else(wrt: Any, owned: list[str]):
     assert changed(Optimizer(optax.sgd(0.1), wrt=wrt)) == owned

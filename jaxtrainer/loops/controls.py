@@ -26,17 +26,22 @@ class Controls:
     Args:
         capacity: Batches of a chunk.
         place: Puts a vector on the device.
+        counts_epochs: Whether the step reads the epoch's index; 0 stands there if not, and the
+            vectors that are kept serve every epoch.
     """
 
-    def __init__(self, capacity: int, place: Callable[[np.ndarray], jax.Array]) -> None:
+    def __init__(
+        self, capacity: int, place: Callable[[np.ndarray], jax.Array], *, counts_epochs: bool
+    ) -> None:
         self._capacity = capacity
         self._place = place
-        self._epoch = -1
+        self._counts_epochs = counts_epochs
+        self._epoch = 0
         self._kept: dict[tuple[int, bool, int], jax.Array] = {}
 
     def single(self, run: Run, chunk: Chunk, start: int) -> tuple[Any, list[int]]:
         """Return the vector for one batch, and the optimiser step after it."""
-        if run.epoch != self._epoch:
+        if self._counts_epochs and run.epoch != self._epoch:
             self._epoch, self._kept = run.epoch, {}
         ends_window = (run.batch_idx + 1) % run.accumulate == 0
         is_last = chunk.is_last and start + 1 == chunk.size
@@ -65,5 +70,6 @@ class Controls:
 
     def _vector(self, run: Run, start: int, count: int) -> np.ndarray:
         control = np.zeros(APPLY + self._capacity, np.int32)
-        control[:APPLY] = start, start + count, run.batch_idx == 0, run.epoch
+        epoch = run.epoch if self._counts_epochs else 0
+        control[:APPLY] = start, start + count, run.batch_idx == 0, epoch
         return control
