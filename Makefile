@@ -42,8 +42,8 @@ format: $(STAMP) ## format, sort imports, apply safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## time the trainer against loops by hand (short form, under 5 minutes)
-	@set -e; for script in mnist_mlp overhead models startup memory scaling; do \
+bench: $(STAMP) ## time the trainer against loops by hand (short form, under 10 minutes)
+	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks saving; do \
 		PYTHONPATH=. $(BIN)/python benchmarks/$$script.py --short $(ARGS); \
 	done
 

@@ -86,16 +86,20 @@ def trained(
     from_host: bool = False,
     num_logged: int = 0,
     callbacks: Sequence[Callback] = (),
+    only: Sequence[Callback] | None = None,
     **options: Any,
 ) -> Block:
     """Train with bar, Timer, Accuracy where there are labels, and a checkpoint an epoch.
+
+    `callbacks` come after these, `only` takes their place.
 
     An epoch's time goes from its start to the start of the next, with all that callbacks do in
     between. The first is not timed.
     """
     stamps = Stamps()
     with tempfile.TemporaryDirectory() as folder:
-        given = [stamps, *defaults(workload, folder, checkpoint=checkpoint), *callbacks]
+        usual = defaults(workload, folder, checkpoint=checkpoint)
+        given = [stamps, *(usual if only is None else only), *callbacks]
         options = {**trainer_options(workload), **options}
         trainer = Trainer(max_epochs=epochs + 1, callbacks=given, **options)
         module, source = Module(workload, num_logged), loader(workload, from_host=from_host)

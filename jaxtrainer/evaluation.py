@@ -6,7 +6,7 @@ Several loaders whose batches are alike share one program. May import levels 0 t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, final
 
 import jax
@@ -18,7 +18,7 @@ from jaxtrainer.dispatch import chunk_capacity
 from jaxtrainer.feed import Feed, FeedSpec
 from jaxtrainer.loaders import loaders_by_name, totals_of_loader
 from jaxtrainer.loops.evaluate import EvalLoader, EvalPlan
-from jaxtrainer.loops.predict import PredictLoader, PredictPlan
+from jaxtrainer.loops.predict import PredictLoader, PredictPlan, predict
 from jaxtrainer.metrics import MetricSpec
 from jaxtrainer.programs import batch_spec, chunk_spec, control_spec
 from jaxtrainer.session import Session
@@ -142,6 +142,20 @@ def predict_plan(session: Session, loader: Any, variables: tuple[PyTree, PyTree]
         for name, one in loaders_by_name(loader, "predict").items()
     ]
     return PredictPlan(loaders=loaders, hooks=session.hooks)
+
+
+def streamed(predictions: Iterator[tuple[str | None, PyTree]]) -> Iterator[Any]:
+    """Yield the predictions of each batch, with the loader's name where it has one."""
+    for name, values in predictions:
+        yield values if name is None else (name, values)
+
+
+def predictions_of(session: Session) -> Iterator[tuple[str | None, PyTree]]:
+    """Run a whole prediction, and yield the loader's name and the predictions of each batch."""
+    with session:
+        variables = session.variables
+        plan = predict_plan(session, session.loader("predict"), variables)
+        yield from predict(session.run, plan, *variables)
 
 
 def _predict_loader(

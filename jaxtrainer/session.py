@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
-from jaxtrainer.callback import HOOKS, Callback, CallbackList
+from jaxtrainer.callback import HOOKS, Callback
 from jaxtrainer.checkpoint import Snapshot, read_record, restore_items, saved_names
 from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import IndexedSource, MapSource, Source, first_batches, open_source
@@ -26,6 +26,7 @@ from jaxtrainer.datamodule import DataHooks, DataModule, Loaders
 from jaxtrainer.dispatch import Dispatch
 from jaxtrainer.errors import CheckpointMismatchError
 from jaxtrainer.feed import Feed
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.interrupts import Interrupts
 from jaxtrainer.loaders import refuse_several
 from jaxtrainer.module import TrainModule, thaw

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Never
 
@@ -17,28 +17,17 @@ from rich.console import Console
 
 from jaxtrainer.assemble import fit_plan, step_plan
 from jaxtrainer.cache import default_directory
-from jaxtrainer.callback import Callback, tunes
-from jaxtrainer.callbacks.checkpoint import Checkpoint
-from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
-from jaxtrainer.callbacks.profiler import Profiler
-from jaxtrainer.callbacks.progress_bar import ProgressBar
-from jaxtrainer.checkpoint import find_checkpoint
-from jaxtrainer.checks import is_overridden, require
+from jaxtrainer.checks import require
 from jaxtrainer.datamodule import DataModule, Loaders
 from jaxtrainer.duration import Duration, parse_duration
-from jaxtrainer.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    checks_options,
-    did_you_mean,
-    refuse_unknown,
-)
-from jaxtrainer.evaluation import eval_plan, predict_plan
+from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
+from jaxtrainer.evaluation import eval_plan, predictions_of, streamed
 from jaxtrainer.every import Every, as_interval
+from jaxtrainer.lineup import Lineup, find_saved
 from jaxtrainer.loops.evaluate import evaluate
 from jaxtrainer.loops.fit import fit
-from jaxtrainer.loops.predict import predict
 from jaxtrainer.metrics import is_private
 from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
@@ -50,8 +39,6 @@ from jaxtrainer.session import Session
 from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree
 from jaxtrainer.vocabulary import OF_THE_CALLS, OF_THE_TRAINER
-
-_SAVERS = (Checkpoint, OnExceptionCheckpoint, PredictionWriter)
 
 
 class Trainer:
@@ -145,7 +132,12 @@ class Trainer:
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
             overfit_batches = None
-        self.callbacks = _callbacks(callbacks, enable_progress_bar, saves=not dev_batches)
+        self._lineup = Lineup(
+            callbacks,
+            with_bar=enable_progress_bar,
+            saves=not dev_batches,
+            root=Path(default_root_dir or "."),
+        )
         self.options = Options(
             limits=Limits(
                 max_epochs=None if max_epochs == -1 else max_epochs,
@@ -176,9 +168,11 @@ class Trainer:
             cache_dir=_cache_dir(compilation_cache),
             clock=clock or time.monotonic,
         )
-        self.root = Path(default_root_dir or ".")
-        self._saves = not dev_batches
-        self._place(self.callbacks)
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """Return the callbacks, in the order in which they are called."""
+        return self._lineup.callbacks
 
     def fit(
         self,
@@ -385,12 +379,12 @@ class Trainer:
         loaders = Loaders("predict", module, datamodule, predict=loader)
         loaders.require("predict")
         session = self._session("predict", module, loaders, ckpt_path)
-        predictions = _predictions(session)
+        predictions = predictions_of(session)
         if return_predictions is None:
             writers = [c for c in session.hooks.callbacks if isinstance(c, PredictionWriter)]
             return_predictions = not writers
         if stream:
-            return _streamed(predictions)
+            return streamed(predictions)
         kept: dict[str | None, list[PyTree]] = {}
         for name, values in predictions:
             if return_predictions:
@@ -408,7 +402,7 @@ class Trainer:
             Parameters, bytes, operations and peak memory of the compiled step; it prints well.
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
-        callbacks = self._callbacks_of(module)
+        callbacks = self._lineup.for_module(module)
         return step_plan(Session(self.options, callbacks, module, "fit", None), batch)
 
     def _session(
@@ -418,26 +412,9 @@ class Trainer:
         loaders: Loaders,
         ckpt_path: Any,
     ) -> Session:
-        callbacks = self._callbacks_of(module)
-        path = self._find(ckpt_path, callbacks)
+        callbacks = self._lineup.for_module(module)
+        path = find_saved(ckpt_path, callbacks)
         return Session(self.options, callbacks, module, call, path, loaders)
-
-    def _callbacks_of(self, module: TrainModule) -> list[Callback]:
-        """Return the trainer's callbacks and the module's, which take the place of its like."""
-        added = module.configure_callbacks() if is_overridden(module, "configure_callbacks") else ()
-        if added is None:
-            owner = type(module).__name__
-            raise ConfigError(f"{owner}.configure_callbacks returned None; return a list.")
-        added = _checked(added, saves=self._saves)
-        kept = [c for c in self.callbacks if not any(_replaces(new, c) for new in added)]
-        self._place(added)
-        _check_keys([*kept, *added])
-        return [*kept, *added]
-
-    def _place(self, callbacks: Iterable[Callback]) -> None:
-        for callback in callbacks:
-            if isinstance(callback, (*_SAVERS, Profiler)) and callback.given_dirpath is not None:
-                callback.dirpath = str(self.root / callback.given_dirpath)
 
     def _evaluate(
         self,
@@ -460,67 +437,6 @@ class Trainer:
         if verbose:
             Console().print(metrics_table(stage, metrics))
         return metrics
-
-    def _find(self, ckpt_path: Any, callbacks: Iterable[Callback]) -> Path | None:
-        if ckpt_path is None:
-            return None
-        if not isinstance(ckpt_path, str | os.PathLike):
-            raise ConfigError(f"ckpt_path={ckpt_path!r}: pass 'last', 'best' or a directory.")
-        if ckpt_path not in ("last", "best"):
-            hint = did_you_mean(os.fspath(ckpt_path), ("last", "best"))
-            if hint and not os.path.exists(ckpt_path):
-                raise CheckpointNotFoundError(f"ckpt_path={ckpt_path!r} is no directory.{hint}")
-            return find_checkpoint(ckpt_path)
-        saver = next((c for c in callbacks if isinstance(c, Checkpoint)), None)
-        if saver is None:
-            raise CheckpointNotFoundError(
-                f"ckpt_path={ckpt_path!r} means a checkpoint of the `Checkpoint` callback, and "
-                "there is none; pass `Trainer(callbacks=[Checkpoint('runs/...')])`, or a path."
-            )
-        return saver.find(str(ckpt_path))
-
-
-def _streamed(predictions: Iterator[tuple[str | None, PyTree]]) -> Iterator[Any]:
-    for name, values in predictions:
-        yield values if name is None else (name, values)
-
-
-def _predictions(session: Session) -> Iterator[tuple[str | None, PyTree]]:
-    with session:
-        variables = session.variables
-        plan = predict_plan(session, session.loader("predict"), variables)
-        yield from predict(session.run, plan, *variables)
-
-
-def _callbacks(given: Any, with_bar: bool, *, saves: bool) -> list[Callback]:
-    callbacks = _checked(given, saves=saves)
-    if with_bar and not any(isinstance(c, ProgressBar) for c in callbacks):
-        callbacks.append(ProgressBar())
-    _check_keys(callbacks)
-    return callbacks
-
-
-def _checked(given: Any, *, saves: bool) -> list[Callback]:
-    several = isinstance(given, Iterable) and not isinstance(given, str | type)
-    callbacks: list[Any] = list(given) if several else [given]
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            hint = f"; write `{callback.__name__}()`" if isinstance(callback, type) else ""
-            raise ConfigError(f"callbacks must be Callback instances, got {callback!r}{hint}.")
-    return [c for c in callbacks if saves or not (isinstance(c, _SAVERS) or tunes(c))]
-
-
-def _replaces(new: Callback, old: Callback) -> bool:
-    return type(old) is not Callback and isinstance(new, type(old))
-
-
-def _check_keys(callbacks: Iterable[Callback]) -> None:
-    keys = [c.state_key for c in callbacks if c.state_dict()]
-    if twice := {k for k in keys if keys.count(k) > 1}:
-        raise ConfigError(
-            f"several callbacks keep their state under {', '.join(twice)}; override `state_key`, "
-            "or give Checkpoints directories of different names."
-        )
 
 
 def _cache_dir(option: str | os.PathLike[str] | bool | None) -> Path | None:

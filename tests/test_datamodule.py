@@ -211,11 +211,12 @@ def test_evaluation_without_any_loader_is_refused(call: str):
 
 def test_loader_and_datamodule_together_are_refused():
     trainer, batches = tiny.make_trainer(max_epochs=1), tiny.make_batches(1)
-    for loaders, options in (
+    cases: Any = (
         ((batches,), {"datamodule": Split()}),
         ((Split(), batches), {}),
         ((Split(),), {"datamodule": Split()}),
-    ):
+    )
+    for loaders, options in cases:
         with pytest.raises(ConfigError, match=r"both .* data module Split; pass one of them: `fit"):
             trainer.fit(module_with(), *loaders, **options)
 

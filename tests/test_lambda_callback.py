@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from jaxtrainer import TrainModule
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import LambdaCallback
 from jaxtrainer.errors import ConfigError, OptionError
+from jaxtrainer.hooks import CallbackList
 from tests.tiny import Tiny, make_batches, make_trainer
 
 

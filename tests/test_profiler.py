@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from jaxtrainer import Callback, Run, TrainModule
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import Checkpoint, LambdaCallback, ModelSummary, Profiler, Timer
 from jaxtrainer.display.report import hook_table
 from jaxtrainer.errors import ConfigError, RunDirError
+from jaxtrainer.hooks import CallbackList
 from tests import tiny
 from tests.bad_input import refused
 

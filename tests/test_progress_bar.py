@@ -11,9 +11,10 @@ import pytest
 import rich
 from rich.console import Console
 
-from jaxtrainer.callback import HOOKS, Callback, CallbackList
+from jaxtrainer.callback import HOOKS, Callback
 from jaxtrainer.callbacks.progress_bar import ProgressBar
 from jaxtrainer.errors import ConfigError, OptionError
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.run import Limits, Run
 
 

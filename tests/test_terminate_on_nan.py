@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxtrainer import FitResult, TrainModule
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import TerminateOnNaN
 from jaxtrainer.errors import ConfigError
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.run import Run
 from tests.tiny import Tiny, make_batches, make_trainer
 

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from jaxtrainer import Run, TrainModule
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.callbacks import Throughput
 from jaxtrainer.errors import ConfigError, OptionError
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.peaks import PEAKS, Arithmetic, peak_of
 from tests.bad_input import refused
 from tests.tiny import Tiny, line, make_batches, make_trainer

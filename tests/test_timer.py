@@ -8,10 +8,11 @@ from datetime import timedelta
 import pytest
 from rich.console import Console
 
-from jaxtrainer.callback import Callback, CallbackList
+from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.timer import Timer
 from jaxtrainer.duration import parse_duration
 from jaxtrainer.errors import ConfigError, OptionError
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.run import Run
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxtrainer.callback import HOOKS, Callback, check_hooks
+from jaxtrainer.callback import HOOKS, Callback
 from jaxtrainer.errors import ConfigError, OptionError, did_you_mean
+from jaxtrainer.hooks import check_hooks
 
 
 class LambdaCallback(Callback):

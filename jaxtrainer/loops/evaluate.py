@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.feed import Chunk, Feed
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.loops.views import BatchView
 from jaxtrainer.metrics import LoggedOutputs, MetricSpec, Totals
 from jaxtrainer.run import Run

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.feed import Chunk, Feed
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.loops.controls import Controls
 from jaxtrainer.loops.report import Reporter
 from jaxtrainer.loops.views import BatchView

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrainer.callback import CallbackList
 from jaxtrainer.feed import Feed
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.loops.evaluate import num_batches_of
 from jaxtrainer.loops.views import BatchView
 from jaxtrainer.run import Run

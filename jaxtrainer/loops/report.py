@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxtrainer.callback import CallbackList
+from jaxtrainer.hooks import CallbackList
 from jaxtrainer.metrics import Totals
 from jaxtrainer.run import Run
 
