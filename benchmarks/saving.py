@@ -74,6 +74,7 @@ def state_of(size_mb: int) -> TrainState:
         rng=jnp.zeros(2, jnp.uint32),
         totals=jnp.zeros((4, 1)),
         accumulated={},
+        averaged={},
     )
 
 

@@ -209,6 +209,7 @@ def _compile_and_init(
         return choice.decide(compiled, feed), make_state
 
     dispatch, make_state = session.compile("train step", compile_step)
+    trim_memory()
     if wanted == "auto":
         steps = f"up to {dispatch.steps} steps" if dispatch.fused else "one step"
         session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
