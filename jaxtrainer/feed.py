@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
-from jaxtrainer.sharding import batch_sharding, is_lockstep, on_mesh, place, replicated
+from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
 
 RESIDENT_BYTES = 1 << 30
@@ -109,9 +109,10 @@ class Feed:
         self._placed: list[PyTree] = []
         resident = None
         if isinstance(source, IndexedSource):
-            if is_resident(source.loader):
-                resident = on_mesh(as_host_batch(source.loader.arrays), mesh)
-            self._chunks = IndexedChunks(source, options, gathers=resident is None)
+            stays = is_resident(source.loader)
+            self._chunks = IndexedChunks(source, options, gathers=not stays)
+            if stays:
+                resident = resident_specs(source.loader.arrays, self._chunks.spec, mesh)
         else:
             position = {"epoch": self._first_epoch, "start": start, "state": state}
             self._chunks = StackedChunks(source, options, **position)
@@ -248,3 +249,12 @@ def is_resident(loader: IndexedLoader) -> bool:
     asked = getattr(loader, "device_resident", None)
     size = sum(a.nbytes for a in jax.tree.leaves(loader.arrays))
     return size <= RESIDENT_BYTES if asked is None else asked
+
+
+def resident_specs(arrays: PyTree, batch: PyTree, mesh: Mesh) -> PyTree:
+    """Return the specs of arrays in memory, as they would live on the device."""
+    # With the dtypes of a batch, which is narrowed to what JAX computes in.
+    whole = replicated(mesh)
+    return jax.tree.map(
+        lambda a, x: jax.ShapeDtypeStruct(a.shape, x.dtype, sharding=whole), arrays, batch
+    )

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, open_source
 from jaxtrainer.dispatch import chunk_capacity
-from jaxtrainer.feed import FeedSpec, is_resident
-from jaxtrainer.sharding import num_data_shards, replicated
+from jaxtrainer.feed import FeedSpec, is_resident, resident_specs
+from jaxtrainer.sharding import num_data_shards
 from jaxtrainer.types import PyTree
 
 _CHUNKS_ALIVE = 5
@@ -43,7 +43,7 @@ class TrialSpecs:
             chunks: Any = IndexedChunks(source, options, gathers=True)
             self.num_samples: int | None = len(jax.tree.leaves(source.loader.arrays)[0])
             if is_resident(source.loader):
-                self.resident = _resident_specs(source.loader.arrays, chunks.spec, mesh)
+                self.resident = resident_specs(source.loader.arrays, chunks.spec, mesh)
         else:
             chunks = StackedChunks(source, options, epoch=0, start=0, state=None)
             length = source.num_batches
@@ -67,11 +67,3 @@ class TrialSpecs:
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(fed))
         batches = chunk_capacity(steps_per_dispatch, fed, length) * _CHUNKS_ALIVE
         return batches * size // num_data_shards(self.mesh)
-
-
-def _resident_specs(arrays: PyTree, batch: PyTree, mesh: Mesh) -> PyTree:
-    # With the dtypes of a batch, which is narrowed to what JAX computes in.
-    whole = replicated(mesh)
-    return jax.tree.map(
-        lambda a, x: jax.ShapeDtypeStruct(a.shape, x.dtype, sharding=whole), arrays, batch
-    )
