@@ -23,8 +23,9 @@ import numpy as np
 
 from benchmarks.common import parse, parser
 from benchmarks.report import Report
-from jaxtrainer.checkpoint import CheckpointStore, Snapshot, restore_state
+from jaxtrainer.checkpoint import restore_state
 from jaxtrainer.state import TrainState
+from jaxtrainer.store import CheckpointStore, Snapshot
 
 SIZES_MB = (1, 100, 1000)
 SHAPES: dict[str, dict[str, int]] = {
@@ -75,6 +76,7 @@ def state_of(size_mb: int) -> TrainState:
         totals=jnp.zeros((4, 1)),
         accumulated={},
         averaged={},
+        guard={},
     )
 
 

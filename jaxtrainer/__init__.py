@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrainer import callbacks, data, errors
+    from jaxtrainer import callbacks, data, errors, testing
     from jaxtrainer.callback import Callback
     from jaxtrainer.callbacks.prediction_writer import read_predictions
     from jaxtrainer.datamodule import DataModule
     from jaxtrainer.every import Every
     from jaxtrainer.module import TrainModule
     from jaxtrainer.optim import Optimizer
+    from jaxtrainer.pretrained import load_params
     from jaxtrainer.result import FitResult
     from jaxtrainer.run import History, Run
     from jaxtrainer.trainer import Trainer
@@ -33,7 +34,9 @@ __all__ = [
     "callbacks",
     "data",
     "errors",
+    "load_params",
     "read_predictions",
+    "testing",
 ]
 
 _HOMES = {
@@ -46,9 +49,10 @@ _HOMES = {
     "Run": "run",
     "TrainModule": "module",
     "Trainer": "trainer",
+    "load_params": "pretrained",
     "read_predictions": "callbacks.prediction_writer",
 }
-_MODULES = ("callbacks", "data", "errors")
+_MODULES = ("callbacks", "data", "errors", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
 from jaxtrainer.evaluation import check_first_batch, eval_plan, step_options, totals_spec
 from jaxtrainer.feed import Feed, FeedSpec
+from jaxtrainer.guard import Guard
 from jaxtrainer.loaders import loaders_by_name, series_of_loader
 from jaxtrainer.loops.controls import Controls
 from jaxtrainer.loops.evaluate import EvalPlan, evaluate
@@ -36,10 +37,12 @@ from jaxtrainer.programs import (
     shardings,
     trim_memory,
 )
+from jaxtrainer.replay import Replay
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import on_mesh, place, replicated
-from jaxtrainer.state import TrainState, flat_items
+from jaxtrainer.shortage import Shortage
+from jaxtrainer.state import TrainState, flat_items, size_of
 from jaxtrainer.step import Program, build_train_step
 from jaxtrainer.update import OptimizerOptions, UpdateHook
 from jaxtrainer.validation import build_schedule
@@ -56,9 +59,18 @@ class TracedStep:
         counts_epochs: Whether an optimiser or averaging starts at an epoch: the step must know it.
         rows: Samples of a batch.
         trained: Names of the parameters that an optimiser changes.
+        options: What it was traced from.
+        optimizer: How gradients become updates.
     """
 
-    def __init__(self, session: Session, spec: FeedSpec, transform: Any, capacity: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        spec: FeedSpec,
+        transform: Any,
+        capacity: int,
+        guard: Guard | None = None,
+    ) -> None:
         options, init = session.options, session.initializer
         self.rows = spec.rows
         optimizer = OptimizerOptions(
@@ -69,19 +81,20 @@ class TracedStep:
             hooks=_update_hooks(session),
             is_manual=not session.module.automatic_optimization,
         )
-        self.trained = set(owners(optimizer.optimizers))
+        self.optimizer, self.trained = optimizer, set(owners(optimizer.optimizers))
         if optimizer.is_manual:
             refuse_options(optimizer, type(session.module).__name__)
         averaging = session.hooks.averaging(session.run)
         starts = any(o.start_epoch for o in optimizer.optimizers.values())
         self.counts_epochs = starts or averaging is not None
-        make_state, self.init_arguments = init.state_fn(optimizer, averaging)
+        make_state, self.init_arguments = init.state_fn(optimizer, averaging, guard)
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
-        of_step = step_options(session, spec, transform, capacity)
+        self.options = step_options(session, spec, transform, capacity)
         batch = batch_spec(spec, session.mesh, spec.rows)
-        self.program = build_train_step(of_step, optimizer, without_totals, batch, averaging)
+        of_step = self.options, optimizer, without_totals, batch, averaging, guard
+        self.program = build_train_step(*of_step)
         self.target = without_totals._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
@@ -117,7 +130,14 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     capacity = chunk_capacity(options.steps_per_dispatch, feed.spec.fed, run.num_batches)
     if session.record is not None:
         capacity = session.record["program"]["capacity"]
-    step = TracedStep(session, feed.spec, device_transform_of(train_loader), capacity)
+    guard = hooks.guard(run)
+
+    def build(session: Session, spec: FeedSpec, capacity: int = 1) -> TracedStep:
+        return TracedStep(session, spec, device_transform_of(train_loader), capacity, guard)
+
+    step = build(session, feed.spec, capacity)
+    session.advise = Shortage(session, feed.spec, run.accumulate, build).notes
+    run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals
     run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}
     check_first_batch(session, "train", feed, step.program)
@@ -137,6 +157,9 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     session.load_callbacks()
     run.capture = lambda: session.capture(dispatch)
     run.make_plan = lambda: step.plan(session, dispatch.step)
+    if guard is not None:
+        kind = step.options, step.optimizer, step.counts_epochs
+        run.examine = Replay(session, feed, *kind).examine
     hooks.on_fit_start(run)
     plan = FitPlan(
         step=dispatch.step,
@@ -214,7 +237,8 @@ def _compile_and_init(
         steps = f"up to {dispatch.steps} steps" if dispatch.fused else "one step"
         session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
     if session.path is not None:
-        return dispatch, restore_state(session.path, step.target)
+        with session.run.timings.phase("restore"):
+            return dispatch, restore_state(session.path, step.target)
     totals = place(step.program.totals.initial(), replicated(session.mesh))
     return dispatch, make_state(*step.init_arguments)._replace(totals=totals)
 

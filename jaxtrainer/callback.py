@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtrainer.averaging import Averaging
+from jaxtrainer.guard import Guard
 from jaxtrainer.optim import Optimizer
 from jaxtrainer.probe import Probe
 from jaxtrainer.run import Run
@@ -35,6 +36,10 @@ class Callback:
             the trainer's `accumulate_grad_batches`.
         may_log: Whether its hooks may log series. If no hook does, a monitored series that no
             step logs is refused before anything compiles.
+        critical: Whether the run ends if a hook raises. If not, the callback warns once, with the
+            traceback, and is left out from there on; only its `teardown` still runs. Set it on
+            what a run can do without: a logger, a plot. What acts before training, or is traced
+            into the step, ends the run in any case.
 
     Example:
         >>> class Print(Callback):
@@ -48,6 +53,7 @@ class Callback:
     traced_update_every: int | None = None
     accumulation: Mapping[int, int] | None = None
     may_log: bool = True
+    critical: bool = True
 
     def setup(self, run: Run) -> None:
         """Start of `fit`, `validate`, `test` or `predict`, before anything compiles."""
@@ -211,6 +217,13 @@ class Callback:
 
     def averaging(self, run: Run) -> Averaging:
         """Return how the compiled step averages weights; evaluations then use the average.
+
+        Asked before the step is traced, of one callback at most.
+        """
+        raise NotImplementedError
+
+    def guard(self, run: Run) -> Guard:
+        """Return what the compiled step does about a batch that is not finite.
 
         Asked before the step is traced, of one callback at most.
         """

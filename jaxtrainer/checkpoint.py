@@ -1,18 +1,16 @@
-"""The checkpoint store: a `TrainState` and its JSON record in one directory a step, by Orbax.
+"""What is in a checkpoint, and the way back: a `TrainState` and its JSON record, by Orbax.
 
 Each part of the state is an Orbax item of its own, so that one can be restored without the
 others. Shapes, dtypes and shardings come from the program that restores, never from the file,
-and nothing read is ever executed. May import levels 0 to 2; Orbax is imported on first use.
+whose arrays must have the digests of its manifest, and nothing read is ever executed. `store.py`
+writes them. May import levels 0 to 2; Orbax is imported on first use.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,144 +18,51 @@ import jax
 import numpy as np
 
 from jaxtrainer.errors import (
+    CheckpointCorruptError,
     CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
-    RunDirError,
 )
-from jaxtrainer.record import check_record, decode, encode
-from jaxtrainer.state import Nested, TrainState, size_of
+from jaxtrainer.manifest import (
+    ARRAYS,
+    check_seal,
+    damaged,
+    described,
+    names_in,
+    spec_of,
+    unseal,
+)
+from jaxtrainer.record import check_record, decode
+from jaxtrainer.rundir import PREFIX, saved_steps, step_of, step_path
+from jaxtrainer.state import TrainState, flat_items, nest
 
-PREFIX = "step"
 RECORD = "record"
-ITEMS = ("params", "model_state", "opt_state", "accumulated", "averaged")
+ITEMS = ("params", "model_state", "opt_state", "accumulated", "averaged", "guard")
 _OPTIONAL = {
     "accumulated": "accumulate_grad_batches",
     "averaged": "averaged weights; pass the same EMA or StochasticWeightAveraging, or none",
+    "guard": "the counters of a NonFinite; pass the same one, or none",
 }
 """Items that not every run has, and what decides it."""
 
-HOST_COPY_BYTES = 1 << 30
-"""Size up to which a state is copied to the host before it is written."""
-
-_STEP_DIR = re.compile(rf"{PREFIX}_(\d+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What a checkpoint holds: the device state, and the host's record as JSON data."""
-
-    state: TrainState
-    record: dict[str, Any]
-
-
-class CheckpointStore:
-    """The checkpoints of one run directory.
-
-    A save copies the arrays to the host and returns; a thread of the store writes them. What is
-    too large for a second copy, or not all on this process, Orbax copies and writes itself.
-
-    Args:
-        directory: Where; made if missing.
-        resumed_step: The step that the run goes on from; None for a fresh run.
-
-    Raises:
-        RunDirError: If it cannot be written, or has checkpoints that this run does not go on from.
-    """
-
-    def __init__(
-        self, directory: str | os.PathLike[str], *, resumed_step: int | None = None
-    ) -> None:
-        self.directory = Path(directory).absolute()
-        from_step = -1 if resumed_step is None else resumed_step
-        later = [s for s in saved_steps(self.directory) if s > from_step]
-        if later:
-            raise RunDirError(
-                f"{self.directory} already has {len(later)} checkpoint(s) that this run does not "
-                f"go on from, the last at step {later[-1]}. Go on from it with "
-                "`fit(..., ckpt_path='last')`, or give this run a directory of its own."
-            )
-        _probe(self.directory)
-        ocp = _orbax()
-        options = ocp.CheckpointManagerOptions(
-            step_prefix=PREFIX, create=True, enable_async_checkpointing=True
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxtrainer-checkpoint")
-        self._write: Future[None] | None = None
-
-    def save(self, step: int, snapshot: Snapshot, replaces: Sequence[int] = ()) -> None:
-        """Start saving a step; once it is on disk, the steps that it replaces are deleted.
-
-        Raises:
-            CheckpointError: If the save before this one failed.
-        """
-        self._finish_write()
-        items = _items(snapshot.state)
-        record = encode({**snapshot.record, "device": _small_arrays(snapshot.state)})
-        if _fits_host(items):
-            self._write = self._writer.submit(self._save, step, _on_host(items), record, replaces)
-        else:
-            self._save(step, items, record, replaces)
-
-    def poll(self) -> None:
-        """Raise what went wrong with a save that has ended."""
-        if self._write is not None and self._write.done():
-            self._finish_write()
-
-    def wait(self) -> None:
-        """Wait until what was saved is on disk, and raise what went wrong with it."""
-        self._finish_write()
-        with _failing_as(f"saving in {self.directory}"):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Wait and release the directory."""
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
-            self._manager.close()
-
-    def path(self, step: int) -> Path:
-        """Return the directory of a step."""
-        return self.directory / f"{PREFIX}_{step}"
-
-    def _save(self, step: int, items: Nested, record: Any, replaces: Sequence[int]) -> None:
-        ocp = _orbax()
-        args = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        args[RECORD] = ocp.args.JsonSave(record)
-        with _failing_as(f"saving step {step} in {self.directory}"):
-            if not self._manager.save(step, args=ocp.args.Composite(**args)):
-                raise CheckpointError(f"Orbax refused step {step} in {self.directory}")
-            # The one that is replaced goes only when its successor is complete.
-            if replaces:
-                self._manager.wait_until_finished()
-            for old in replaces:
-                self._manager.delete(old)
-
-    def _finish_write(self) -> None:
-        if self._write is not None:
-            write, self._write = self._write, None
-            write.result()
+Arrays = dict[str, dict[str, Any]]
+"""By item the arrays of a tree, each by its name in it."""
 
 
 @contextmanager
-def _failing_as(what: str) -> Iterator[None]:
+def _reading(path: Path, what: str = "") -> Iterator[None]:
+    """Report what fails in here as damage to the checkpoint, unless it is the machine's."""
+    failed = f"reading {what}{path} failed"
     try:
         yield
+    except CheckpointCorruptError as error:
+        raise CheckpointCorruptError(f"{failed}: {error}.{_others(path)}") from error
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{what} failed: {error}") from error
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a run directory, in order."""
-    if not directory.is_dir():
-        return []
-    matches = [_STEP_DIR.fullmatch(entry.name) for entry in directory.iterdir()]
-    return sorted(int(m[1]) for m in matches if m)
+        if isinstance(error, PermissionError | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(f"{failed}: {error}") from error
+        raise CheckpointCorruptError(f"{failed}: {error}{_others(path)}") from error
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -167,10 +72,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         CheckpointNotFoundError: If there is none, saying what is there instead.
     """
     given = Path(path).absolute()
-    if _STEP_DIR.fullmatch(given.name) and (given / RECORD).is_dir():
+    if step_of(given.name) is not None and (given / RECORD).is_dir():
         return given
     if steps := saved_steps(given):
-        return given / f"{PREFIX}_{steps[-1]}"
+        return step_path(given, steps[-1])
     parent = given if given.is_dir() else given.parent
     there = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
     raise CheckpointNotFoundError(
@@ -183,13 +88,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the JSON record of a checkpoint.
 
     Raises:
-        CheckpointError: If it is damaged, or of a newer format.
+        CheckpointCorruptError: If it is damaged.
+        CheckpointError: If it is of a newer format.
     """
-    ocp = _orbax()
-    args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
-    with _failing_as(f"reading the record of {path}"), _reader() as reader:
-        record = decode(reader.restore(path, args=args)[RECORD])
-    return check_record(record, str(path))
+    with _reading(path, "the record of "):
+        # The name that Orbax gives the one file of a JSON item.
+        record = check_record(unseal(path / RECORD / "metadata"), str(path))
+        check_seal(record)
+        return decode(record)
 
 
 def restore_state(path: Path, target: TrainState) -> TrainState:
@@ -201,9 +107,10 @@ def restore_state(path: Path, target: TrainState) -> TrainState:
 
     Raises:
         CheckpointMismatchError: If trees, shapes or dtypes differ, with every difference.
-        CheckpointError: If the files are damaged.
+        CheckpointCorruptError: If the files are damaged, naming the arrays.
     """
-    items = restore_items(path, _items(target))
+    wanted = {name: getattr(target, name) for name in ITEMS}
+    items = restore_items(path, wanted)
     return target._replace(**items, **_restore_small(read_record(path)["device"], target))
 
 
@@ -213,8 +120,9 @@ def check_state(path: Path, target: TrainState) -> None:
     Raises:
         CheckpointMismatchError: If trees, shapes or dtypes differ, with every difference.
     """
-    _compare(path, {name: getattr(target, name) for name in ITEMS})
-    saved = read_record(path)["device"]
+    record = read_record(path)
+    _compare(path, record[ARRAYS], {name: named(getattr(target, name)) for name in ITEMS})
+    saved = record["device"]
     if len(saved["totals"][0]) != target.totals.shape[1]:
         raise CheckpointMismatchError(
             f"{path} was saved with {len(saved['totals'][0])} logged metrics, now there are "
@@ -227,27 +135,113 @@ def restore_items(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     Arguments and errors as in `restore_state`.
     """
-    ocp = _orbax()
-    _compare(path, wanted)
-    wanted = {name: item for name, item in wanted.items() if jax.tree.leaves(item)}
-    args = {name: ocp.args.StandardRestore(item) for name, item in wanted.items()}
-    with _failing_as(f"reading {path}"), _reader() as reader:
-        return dict(reader.restore(path, args=ocp.args.Composite(**args)).items())
+    arrays = {name: named(item) for name, item in wanted.items()}
+    manifest = read_record(path)[ARRAYS]
+    _compare(path, manifest, arrays)
+    found = _read(path, manifest, {name: flat for name, flat in arrays.items() if flat})
+    return {name: _like(wanted[name], flat) for name, flat in found.items()}
+
+
+def read_arrays(path: Path, items: Sequence[str] = ITEMS) -> Arrays:
+    """Return all the arrays of some items as NumPy arrays, by item and name.
+
+    Raises:
+        CheckpointCorruptError: If the files are damaged, naming the arrays.
+    """
+    manifest = read_record(path)[ARRAYS]
+    with _reading(path):
+        wanted = {item: names_in(manifest, item) for item in items}
+        specs = {
+            item: {name: spec_of(manifest[f"{item}/{name}"]) for name in names}
+            for item, names in wanted.items()
+            if names
+        }
+    return _read(path, manifest, specs)
+
+
+def verify(path: Path) -> None:
+    """Read a whole checkpoint, item by item, and raise CheckpointCorruptError if it is damaged."""
+    for item in ITEMS:
+        read_arrays(path, [item])
+
+
+def last_whole(directory: Path) -> tuple[Path, dict[int, str]]:
+    """Return the last checkpoint of a run directory that is not damaged.
+
+    Returns:
+        Its directory, and of the steps after it what is wrong with them.
+
+    Raises:
+        CheckpointCorruptError: If all of them are damaged.
+    """
+    found: dict[int, str] = {}
+    for step in reversed(saved_steps(directory)):
+        path = step_path(directory, step)
+        try:
+            # With several processes each would have to read all of it, and agree: restoring says.
+            if jax.process_count() == 1:
+                verify(path)
+            return path, found
+        except CheckpointCorruptError as error:
+            found[step] = str(error)
+    raise CheckpointCorruptError("\n".join(found.values()))
 
 
 def saved_names(path: Path, item: str) -> list[str]:
     """Return the names of the arrays in an item of a checkpoint; none if it has no such item."""
-    with _failing_as(f"reading {path}"), _reader() as reader:
-        return [*_table(reader.metadata(path).item_metadata.get(item))]
+    return names_in(read_record(path)[ARRAYS], item)
 
 
-def _items(state: TrainState) -> Nested:
+def named(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their names in it, such as `default/0/mu/kernel`."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    if len(leaves) != len(flat):
+        twice = ", ".join(leaves)
+        raise CheckpointError(f"two arrays of the state have one name, with `/` in it: {twice}")
+    return leaves
+
+
+def _read(path: Path, manifest: Mapping[str, Any], wanted: Arrays) -> Arrays:
+    """Restore arrays by their specs; raise CheckpointCorruptError if they are not what was saved.
+
+    Orbax alone would not see changed bytes, and would cast to the dtypes asked for.
+    """
+    if not wanted:
+        return {}
+    ocp = orbax()
+    args = {name: ocp.args.StandardRestore(nest(flat)) for name, flat in wanted.items()}
+    with _reading(path), _reader() as reader:
+        found = reader.restore(path, args=ocp.args.Composite(**args))
+        arrays = {name: dict(flat_items(found[name])) for name in wanted}
+    if names := damaged(arrays, manifest):
+        raise CheckpointCorruptError(
+            f"{path} is damaged: the bytes of {', '.join(names)} are not those that were saved."
+            f"{_others(path)}"
+        )
+    return arrays
+
+
+def _others(path: Path) -> str:
+    steps = [step for step in saved_steps(path.parent) if step != step_of(path.name)]
+    if not steps:
+        return ""
+    return f" There is another: `ckpt_path={str(step_path(path.parent, steps[-1]))!r}`."
+
+
+def _like(tree: Any, flat: Mapping[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in named(tree)])
+
+
+def items_of(state: TrainState) -> Arrays:
+    """Return the arrays of a state that are Orbax items, by item and name."""
     # Orbax refuses an empty item; what is empty now is empty when restored, too.
-    items = {name: getattr(state, name) for name in ITEMS}
-    return {name: item for name, item in items.items() if jax.tree.leaves(item)}
+    items = {name: named(getattr(state, name)) for name in ITEMS}
+    return {name: arrays for name, arrays in items.items() if arrays}
 
 
-def _small_arrays(state: TrainState) -> dict[str, Any]:
+def small_arrays(state: TrainState) -> dict[str, Any]:
+    """Return the arrays that are kept in the record, as lists."""
     return {
         "batch_count": int(state.batch_count),
         "rng": np.asarray(state.rng).tolist(),
@@ -265,30 +259,15 @@ def _restore_small(saved: Mapping[str, Any], target: TrainState) -> dict[str, An
     return {k: jax.device_put(v, getattr(target, k).sharding) for k, v in arrays.items()}
 
 
-def _fits_host(items: Nested) -> bool:
-    return size_of(items)[1] <= HOST_COPY_BYTES and all(
-        x.is_fully_addressable for x in jax.tree.leaves(items)
-    )
-
-
-def _on_host(items: Nested) -> Nested:
-    leaves, treedef = jax.tree.flatten(items)
-    for leaf in leaves:
-        leaf.copy_to_host_async()
-    # A copy: on the CPU backend a view would be overwritten by the next, donated, step.
-    return jax.tree.unflatten(treedef, [np.array(leaf) for leaf in leaves])
-
-
-def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
+def _compare(path: Path, manifest: Mapping[str, Any], wanted: Arrays) -> None:
     lines: list[str] = []
-    with _failing_as(f"reading {path}"), _reader() as reader:
-        found = reader.metadata(path).item_metadata
-    for name, item in wanted.items():
-        saved, here = _table(found.get(name)), _table(item)
-        if name in _OPTIONAL and bool(saved) != bool(here):
-            lines.append(f"{name}: saved {'with' if saved else 'without'} {_OPTIONAL[name]}")
+    for item, arrays in wanted.items():
+        saved = {name: described(manifest[f"{item}/{name}"]) for name in names_in(manifest, item)}
+        here = {name: _describe(leaf) for name, leaf in arrays.items()}
+        if item in _OPTIONAL and bool(saved) != bool(here):
+            lines.append(f"{item}: saved {'with' if saved else 'without'} {_OPTIONAL[item]}")
         else:
-            lines += _differences(name, saved, here)
+            lines += _differences(item, saved, here)
     if lines:
         raise CheckpointMismatchError(
             f"{path} was saved by another model or optimiser:\n  " + "\n  ".join(lines)
@@ -304,40 +283,19 @@ def _differences(item: str, saved: Mapping[str, str], wanted: Mapping[str, str])
     return lines + [f"{item}/{k}: saved as {saved[k]}, here {wanted[k]}" for k in both]
 
 
-def _table(tree: Any) -> dict[str, str]:
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
-        for path, leaf in flat
-    }
-
-
 def _describe(leaf: Any) -> str:
-    shape = ", ".join(map(str, leaf.shape))
-    return f"{leaf.dtype}[{shape}]"
-
-
-def _probe(directory: Path) -> None:
-    probe = directory / f".write_probe_{os.getpid()}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise RunDirError(
-            f"cannot write in {directory} ({error}); pass `Checkpoint` a directory that can be "
-            "written, or made."
-        ) from error
+    return described({"dtype": leaf.dtype, "shape": leaf.shape})
 
 
 def _reader() -> Any:
-    ocp = _orbax()
+    ocp = orbax()
     handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
     handlers[RECORD] = ocp.JsonCheckpointHandler()
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
-def _orbax() -> Any:
+def orbax() -> Any:
+    """Return Orbax, imported now: it takes a second."""
     import orbax.checkpoint as ocp
 
     return ocp

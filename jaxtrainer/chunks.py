@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from jaxtrainer.data import (
-    WHY_EMPTY,
     IndexedSource,
     Source,
     as_host_batch,
@@ -27,6 +26,7 @@ from jaxtrainer.data import (
 )
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.types import PyTree
+from jaxtrainer.workers import close_iterator, why_empty
 
 
 class HostChunk(NamedTuple):
@@ -62,6 +62,10 @@ class ReadOptions:
     limit: int | None = None
     keep_ragged: bool = False
 
+    def name_of(self, batch_idx: int, epoch: int) -> str:
+        """Return what a batch is called in messages."""
+        return f"{self.stage} batch {batch_idx} of epoch {epoch}"
+
 
 class Chunks(Protocol):
     """A way to read a loader in chunks.
@@ -73,6 +77,7 @@ class Chunks(Protocol):
         num_batches: Batches an epoch, if known.
         ragged_rows: Samples of a last batch that is left out, as far as known.
         options: How the loader is read.
+        reading: Which batch is being read, for messages.
     """
 
     first: PyTree
@@ -80,6 +85,7 @@ class Chunks(Protocol):
     rows: int
     ragged_rows: int
     options: ReadOptions
+    reading: str
 
     @property
     def num_batches(self) -> int | None:
@@ -94,6 +100,10 @@ class Chunks(Protocol):
         """Return the same with at most this many batches an epoch."""
         ...
 
+    def close(self) -> None:
+        """End what was opened of the loader; by the thread that reads it, or when none does."""
+        ...
+
 
 class IndexedChunks:
     """Chunks of arrays in memory: gathered by row index, or the indices themselves.
@@ -106,6 +116,7 @@ class IndexedChunks:
 
     def __init__(self, source: IndexedSource, options: ReadOptions, *, gathers: bool) -> None:
         self.options = options
+        self.reading = f"a {options.stage} batch"
         self.gathers = gathers
         self._loader = source.loader
         self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
@@ -129,6 +140,9 @@ class IndexedChunks:
     def limited(self, limit: int | None) -> IndexedChunks:
         """See `Chunks.limited`."""
         return _limited(self, limit)
+
+    def close(self) -> None:
+        """See `Chunks.close`."""
 
     def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
         """See `Chunks.read`."""
@@ -175,16 +189,22 @@ class StackedChunks:
         self.options = options
         self.ragged_rows = 0
         self._source = source
-        batches = source.open(epoch, start, state)
-        first = next(batches, None)
+        # Of the copies too, which `limited` makes.
+        self._opened: list[Any] = []
+        self.reading = where = options.name_of(start, epoch)
+        batches = self._open(epoch, start, state)
+        try:
+            first = next(batches, None)
+        except Exception as error:
+            _noted(error, where)
+            raise
         if first is None:
             raise DataError(
                 f"the {options.stage} loader yielded no batch in epoch {epoch} from batch {start}. "
-                f"{WHY_EMPTY}"
+                f"{why_empty(getattr(source, 'loader', None))}"
             )
         # Looked at, but not lost: a loader that can be read once only has no second iterator.
         self._peeked: Iterator[Any] | None = itertools.chain([first], batches)
-        where = f"{options.stage} batch {start} of epoch {epoch}"
         self.first = as_host_batch(first[0], where)
         self.spec = spec_of(self.first)
         self.rows = num_rows(self.first, where)
@@ -201,47 +221,68 @@ class StackedChunks:
         self._peeked = None
         return limited
 
+    def close(self) -> None:
+        """See `Chunks.close`."""
+        while self._opened:
+            close_iterator(self._opened.pop())
+
+    def _open(self, epoch: int, start: int, state: Any) -> Iterator[Any]:
+        self.close()
+        batches = self._source.open(epoch, start, state)
+        self._opened.append(batches)
+        return batches
+
     def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
         """See `Chunks.read`."""
         group: list[_Read] = []
         for read, is_last in with_last(self._usable(epoch, start, state)):
-            if read.rows != self.rows and group:
+            is_failed = isinstance(read, _Failed)
+            # Training takes what was read before an error: it is saved, and resumed, from there.
+            takes_rest = not (is_failed and self.options.keep_ragged)
+            if group and takes_rest and (is_failed or read.rows != self.rows):
                 yield self._chunk(group, capacity, is_last=False)
                 group = []
+            if is_failed:
+                raise read.error
             group.append(read)
             if len(group) == capacity or is_last:
                 yield self._chunk(group, capacity, is_last=is_last)
                 group = []
 
-    def _usable(self, epoch: int, start: int, state: Any) -> Iterator[_Read]:
+    def _usable(self, epoch: int, start: int, state: Any) -> Iterator[_Read | _Failed]:
         for i, (read, is_last) in enumerate(with_last(self._checked(epoch, start, state))):
+            if isinstance(read, _Failed):
+                yield read
+                return
             if read.rows != self.rows and not is_last:
-                raise BatchSpecError(
-                    f"{self.options.stage} batch {start + i} of epoch {epoch} has {read.rows} rows,"
-                    f" expected {self.rows}; only the last batch of an epoch may be smaller."
+                yield _Failed(
+                    BatchSpecError(
+                        f"{self.options.name_of(start + i, epoch)} has {read.rows} rows, expected "
+                        f"{self.rows}; only the last batch of an epoch may be smaller."
+                    )
                 )
+                return
             if read.rows != self.rows and not self.options.keep_ragged:
                 self.ragged_rows = read.rows
                 return
             yield read
 
-    def _checked(self, epoch: int, start: int, state: Any) -> Iterator[_Read]:
+    def _checked(self, epoch: int, start: int, state: Any) -> Iterator[_Read | _Failed]:
         batches, self._peeked = self._peeked, None
-        batches = batches or self._source.open(epoch, start, state)
+        batches = batches or self._open(epoch, start, state)
         limit = self.options.limit
         limit = None if limit is None else max(limit - start, 0)
-        where = f"{self.options.stage} batch {start} of epoch {epoch}"
+        self.reading = where = self.options.name_of(start, epoch)
         try:
             for i, (batch, after) in enumerate(itertools.islice(batches, limit), start):
                 host = as_host_batch(batch, where)
                 whole = check_spec(host, self.spec, where)
                 yield _Read(host, self.rows if whole else num_rows(host, where), after)
-                where = f"{self.options.stage} batch {i + 1} of epoch {epoch}"
-        except DataError:
-            raise
+                self.reading = where = self.options.name_of(i + 1, epoch)
         except Exception as error:
-            error.add_note(f"while reading {where}")
-            raise
+            # An item like the others: generators that read ahead would lose what they hold.
+            yield _Failed(_noted(error, where))
+        self.close()
 
     def _chunk(self, group: list[_Read], capacity: int, *, is_last: bool) -> HostChunk:
         rows = group[0].rows
@@ -255,6 +296,17 @@ class _Read(NamedTuple):
     batch: PyTree
     rows: int
     state: Any
+
+
+class _Failed(NamedTuple):
+    error: Exception
+
+
+def _noted(error: Exception, where: str) -> Exception:
+    """Return the error with where it came from, unless it says so itself."""
+    if not isinstance(error, DataError):
+        error.add_note(f"while reading {where}")
+    return error
 
 
 def _limited(chunks: Any, limit: int | None) -> Any:

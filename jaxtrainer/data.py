@@ -1,7 +1,7 @@
 """Loaders: what the trainer accepts, and how it reads, positions and measures them.
 
 Any iterable of pytrees of arrays is a loader; Grain's are recognised without importing Grain.
-Imports `errors` and `types` only.
+Imports `errors`, `remedies` and `types` only.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxtrainer.errors import BatchSpecError, DataError
+from jaxtrainer.errors import BatchSpecError, CheckpointMismatchError, DataError
+from jaxtrainer.remedies import is_shorter, remedy
 from jaxtrainer.types import IndexedLoader, PyTree, StatefulIterator
+from jaxtrainer.workers import close_iterator, failing_records, why_empty, why_forked
 
 
 def from_arrays(
@@ -135,16 +137,26 @@ class MapSource:
         # A dataset that the user repeated without end has one endless epoch.
         is_endless = len(dataset) > sys.maxsize // 2
         self.num_batches = None if is_endless else len(dataset)
+        self._dataset = dataset
         self._endless = dataset if is_endless or not len(dataset) else dataset.repeat()
 
     def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
         """See `Source.open`."""
         # Grain counts on through the epochs, and reshuffles at each multiple of the length.
+        index = epoch * (self.num_batches or 0) + start
         iterator = iter(self._endless.to_iter_dataset())
-        iterator.set_state({"next_index": epoch * (self.num_batches or 0) + start})
+        iterator.set_state({"next_index": index})
         rest = None if self.num_batches is None else self.num_batches - start
-        for batch in itertools.islice(iterator, rest):
-            yield batch, None
+        try:
+            for batch in itertools.islice(iterator, rest):
+                yield batch, None
+                index += 1
+        except Exception as error:
+            if note := failing_records(self._dataset, index):
+                error.add_note(note)
+            raise
+        finally:
+            close_iterator(iterator)
 
 
 class IterableSource:
@@ -169,6 +181,13 @@ class IterableSource:
                 "each time: a list, a Grain dataset, or an object with `__iter__`."
             )
         self.is_one_shot = iterator is self.loader
+        try:
+            yield from self._batches(iterator, start, state)
+        finally:
+            if not self.is_one_shot:
+                close_iterator(iterator)
+
+    def _batches(self, iterator: Any, start: int, state: Any) -> Iterator[tuple[PyTree, Any]]:
         if not isinstance(iterator, StatefulIterator):
             # Batches are read ahead: a loader that fills one buffer again and again would
             # overwrite them. Those of a list stay as they are.
@@ -177,10 +196,21 @@ class IterableSource:
                 yield batch if keeps else jax.tree.map(_copied, batch), None
             return
         if state is not None:
-            iterator.set_state(state)
+            _go_back(iterator, state)
             start = 0
         for batch in itertools.islice(iterator, start, None):
             yield batch, iterator.get_state()
+
+
+def _go_back(iterator: StatefulIterator, state: Any) -> None:
+    try:
+        iterator.set_state(state)
+    except Exception as error:
+        raise CheckpointMismatchError(
+            f"the loader, a {type(iterator).__name__}, cannot go back to where the checkpoint was "
+            f"saved: {error!r}. Its state belongs to one number of workers, one sampler and one "
+            "source: use the same, or start a new run from the checkpoint's weights."
+        ) from error
 
 
 def _copied(leaf: Any) -> Any:
@@ -203,7 +233,7 @@ def open_source(loader: Any, stage: str) -> Source | IndexedSource:
     else:
         source = IterableSource(loader)
     if source.num_batches == 0:
-        raise DataError(f"the {stage} loader has no batches. {WHY_EMPTY}")
+        raise DataError(f"the {stage} loader has no batches. {why_empty(loader)}")
     return source
 
 
@@ -215,12 +245,6 @@ def first_batches(source: Source | IndexedSource, limit: int | None) -> Source |
     if limit is None or not isinstance(source, IterableSource):
         return source
     return IterableSource([batch for batch, _ in itertools.islice(source.open(0, 0), limit)])
-
-
-WHY_EMPTY = (
-    "One that drops its remainder is empty when there are fewer samples than a batch: use a "
-    "smaller batch size."
-)
 
 
 def _why_no_loader(loader: Any) -> str:
@@ -235,7 +259,7 @@ def _why_no_loader(loader: Any) -> str:
         if any(shape[1:] != shapes[0][1:] for shape in shapes):
             return f"arrays of shapes {shapes}, expected an iterable of batches; {from_arrays}"
     if hasattr(loader, "__iter__") and not isinstance(loader, Mapping | str | bytes):
-        return ""
+        return why_forked(loader)
     if callable(loader) and not hasattr(loader, "__iter__"):
         return f"a {type(loader).__name__}, expected an iterable of batches; call it."
     return f"of type {type(loader).__name__}, expected an iterable of batches; {from_arrays}"
@@ -326,14 +350,16 @@ def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:
     if all(g.shape == w.shape and g.dtype == w.dtype for g, w in zip(got, want, strict=True)):
         return True
     paths = [leaf_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(spec)[0]]
-    for name, g, w in zip(paths, got, want, strict=True):
-        same_rest = g.shape[1:] == w.shape[1:] and len(g.shape) == len(w.shape)
-        if g.dtype != w.dtype or not same_rest or g.shape[0] > w.shape[0]:
-            hint = "dtype; cast" if g.dtype != w.dtype else "shape; pad or crop"
-            raise BatchSpecError(
-                f"{where}: leaf {name} differs from the first batch: expected {_shown(w)}, got "
-                f"{_shown(g)}. The compiled step takes one {hint} in the loader."
-            )
+    wrong = [x for x in zip(paths, got, want, strict=True) if not is_shorter(*x[1:])]
+    if wrong:
+        leaves = "\n".join(
+            f"  leaf {name}: expected {_shown(w)}, got {_shown(g)}; {remedy(g, w)}"
+            for name, g, w in wrong
+        )
+        raise BatchSpecError(
+            f"{where} differs from the first batch, and the step is compiled for batches like "
+            f"that one:\n{leaves}"
+        )
     return False
 
 

@@ -36,6 +36,10 @@ class BatchSpecError(DataError):
     """A batch whose structure, shape or dtype differs from the first one's."""
 
 
+class DataTimeoutError(DataError, TimeoutError):
+    """A loader that did not answer within `Trainer(data_timeout=...)`."""
+
+
 class StepError(JaxTrainerError, TypeError):
     """A step that returned, or changed, something that the compiled program cannot carry."""
 
@@ -60,8 +64,26 @@ class CheckpointMismatchError(CheckpointError, ValueError):
     """A checkpoint of another model, optimiser or loader."""
 
 
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """A checkpoint whose files are not what was written."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that was not saved, or was passed over because it is damaged."""
+
+
 class RunDirError(CheckpointError, FileExistsError):
     """A run directory that cannot be written, or belongs to another run."""
+
+
+class NonFiniteError(JaxTrainerError, FloatingPointError):
+    """A loss or gradients with NaN or infinity, where a callback asked for an error.
+
+    Attributes:
+        evidence: What running the batch once more has shown: `replay.Evidence`, or None.
+    """
+
+    evidence: object = None
 
 
 class MissingExtraError(JaxTrainerError, ImportError):

@@ -22,10 +22,12 @@ from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
 from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
+from jaxtrainer.waiting import Patience
 
 RESIDENT_BYTES = 1 << 30
 """Arrays in memory up to this size are put on the device whole."""
 
+_AHEAD = 2
 _POLL_S = 0.2
 _SMALL_CHUNK = 1 << 20
 
@@ -78,6 +80,7 @@ class Feed:
         epochs: Which epochs to read, in order.
         start: First batch of the first epoch.
         state: State of the loader at that batch, if it has one.
+        patience: How long to wait for the loader.
 
     Attributes:
         spec: What the step will get.
@@ -86,6 +89,7 @@ class Feed:
 
     Raises:
         DataError: If there is no batch, or the first one cannot be trained on.
+        DataTimeoutError: If the first one does not come in time.
     """
 
     def __init__(
@@ -97,14 +101,19 @@ class Feed:
         epochs: Iterable[int] = (0,),
         start: int = 0,
         state: Any = None,
+        patience: Patience | None = None,
     ) -> None:
         self.source = source
         self.mesh = mesh
+        self._patience = patience or Patience()
         self._is_lockstep = is_lockstep(mesh)
         self._epochs = iter(epochs)
         self._first_epoch = next(self._epochs)
         self._start, self._state = start, state
         self._thread: threading.Thread | None = None
+        self._waits_for_device = False
+        # Of the copies too, which `again` makes.
+        self._threads: list[threading.Thread] = []
         self._chunks: Chunks
         self._placed: list[PyTree] = []
         resident = None
@@ -115,7 +124,10 @@ class Feed:
                 resident = resident_specs(source.loader.arrays, self._chunks.spec, mesh)
         else:
             position = {"epoch": self._first_epoch, "start": start, "state": state}
-            self._chunks = StackedChunks(source, options, **position)
+            self._chunks = self._patience.call(
+                lambda: StackedChunks(source, options, **position),
+                options.name_of(start, self._first_epoch),
+            )
         self.first, self.rows = self._chunks.first, self._chunks.rows
         indices = jax.ShapeDtypeStruct((self.rows,), np.int32)
         self.spec = FeedSpec(
@@ -158,7 +170,9 @@ class Feed:
     def start(self, capacity: int) -> Feed:
         """Start reading ahead, `capacity` batches to a chunk."""
         self.capacity = capacity
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=2)
+        # Bounded by a semaphore of its own: to wait for an item costs no Python then.
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_AHEAD)
         self._in_flight: queue.SimpleQueue[jax.Array] = queue.SimpleQueue()
         self._closed = threading.Event()
         # Dispatches in flight keep the device busy; large ones would only pile up memory.
@@ -169,11 +183,18 @@ class Feed:
             target=self._work, name=f"jaxtrainer-{stage}-feed", daemon=True
         )
         self._thread.start()
+        self._threads[:] = [t for t in self._threads if t.is_alive()] + [self._thread]
         return self
 
     def __iter__(self) -> Iterator[Chunk]:
-        while (item := self._queue.get()) is not None:
+        patience, thread = self._patience, self._thread
+        assert thread is not None
+        while (item := patience.take(self._queue, thread, self._reading)) is not None:
+            self._room.release()
             if isinstance(item, BaseException):
+                # Worker processes get a Ctrl-C of the terminal, too, and fail.
+                if patience.gives_up():
+                    return
                 raise item
             yield item
 
@@ -183,11 +204,21 @@ class Feed:
             token.block_until_ready()
         self._in_flight.put(token)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the loader still has not answered, after the feed was closed."""
+        return any(thread.is_alive() for thread in self._threads)
+
     def close(self) -> None:
         """Stop reading and wait for the thread."""
-        if self._thread is not None:
+        if self._thread is None:
+            self._chunks.close()
+        else:
             self._closed.set()
-            self._thread.join()
+            self._patience.end(self._thread)
+
+    def _reading(self) -> str | None:
+        return None if self._waits_for_device else self._chunks.reading
 
     def _work(self) -> None:
         try:
@@ -200,6 +231,9 @@ class Feed:
         except BaseException as error:
             error.add_note(f"while reading the {self._chunks.options.stage} loader")
             self._put(error)
+        finally:
+            # The traceback of an error would keep iterators, and their processes, alive.
+            self._chunks.close()
 
     def _read_epoch(self, epoch: int, start: int, state: Any) -> bool:
         host = None
@@ -215,8 +249,9 @@ class Feed:
         return True
 
     def _on_device(self, host: HostChunk) -> Chunk:
+        self._waits_for_device = True
         throttled = self._throttle()
-        return Chunk(
+        chunk = Chunk(
             tree=place(host.tree, batch_sharding(self.mesh, host.rows, stacked=True)),
             size=host.size,
             rows=host.rows,
@@ -224,14 +259,14 @@ class Feed:
             states=host.states,
             was_throttled=throttled,
         )
+        self._waits_for_device = False
+        return chunk
 
     def _put(self, item: Any) -> bool:
         while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return True
+            if self._room.acquire(timeout=_POLL_S):
+                self._queue.put(item)
+                return True
         return False
 
     def _throttle(self) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 from jaxtrainer.averaging import Averaging
 from jaxtrainer.callback import HOOKS, Callback
 from jaxtrainer.errors import ConfigError, did_you_mean
+from jaxtrainer.guard import Guard
+from jaxtrainer.isolation import isolated
 from jaxtrainer.run import Run
 from jaxtrainer.vocabulary import IN_THE_STEP, RENAMED
 
@@ -36,6 +38,7 @@ class CallbackList:
         self._owners = [*early, module, *late]
         for owner in self._owners:
             check_hooks(owner)
+        self._isolated = isolated(self.callbacks)
         self._wraps = [c.wrap_hook for c in self.callbacks if _overrides(c, "wrap_hook")]
         self._called = {name: self._overrides(name) for name in HOOKS}
         for name, calls in self._called.items():
@@ -56,6 +59,12 @@ class CallbackList:
             raise ConfigError(
                 f"{names} both average the weights, and evaluations can use one average: keep one."
             )
+        self._guards = [c for c in self.callbacks if _overrides(c, "guard")]
+        if len(self._guards) > 1:
+            names = " and ".join(type(c).__name__ for c in self._guards)
+            raise ConfigError(
+                f"{names} both say what to do about a batch that is not finite: keep one."
+            )
         self.tuners = sorted(filter(tunes, self.callbacks), key=lambda c: c.order)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -68,7 +77,8 @@ class CallbackList:
         hook = getattr(owner, name)
         for wrap in self._wraps:
             hook = wrap(name, owner, hook)
-        return hook
+        one = self._isolated.get(id(owner))
+        return hook if one is None else one.guard(name, hook)
 
     def has(self, name: str) -> bool:
         """Return whether anybody overrides the hook."""
@@ -90,16 +100,24 @@ class CallbackList:
         """Return how weights are averaged, if they are."""
         return self._averagers[0].averaging(run) if self._averagers else None
 
+    def guard(self, run: Run) -> Guard | None:
+        """Return what the step does about a batch that is not finite, if anything."""
+        return self._guards[0].guard(run) if self._guards else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every callback that has one, by `state_key`."""
-        states = {c.state_key: c.state_dict() for c in self.callbacks}
+        states = {c.state_key: self._guarded(c, "state_dict")() for c in self.callbacks}
         return {key: state for key, state in states.items() if state}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Give every callback its state back."""
         for callback in self.callbacks:
             if callback.state_key in states:
-                callback.load_state_dict(states[callback.state_key])
+                self._guarded(callback, "load_state_dict")(states[callback.state_key])
+
+    def _guarded(self, callback: Callback, name: str) -> Callable[..., Any]:
+        one, method = self._isolated.get(id(callback)), getattr(callback, name)
+        return method if one is None else one.guard(name, method)
 
 
 def _overrides(owner: object, name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
+from jaxtrainer.callbacks.non_finite import NonFinite
 from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.callbacks.profiler import Profiler
@@ -55,6 +56,7 @@ class Lineup:
         added = self._checked(added)
         kept = [c for c in self.callbacks if not any(_replaces(new, c) for new in added)]
         _check_keys([*kept, *added])
+        _check_restores([*kept, *added])
         return [*kept, *added]
 
     def _checked(self, given: Any) -> list[Callback]:
@@ -70,12 +72,22 @@ class Lineup:
         return kept
 
     def _place(self, callback: Callback) -> None:
-        if isinstance(callback, (*_SAVERS, Profiler)) and callback.given_dirpath is not None:
+        if (
+            isinstance(callback, (*_SAVERS, Profiler, NonFinite))
+            and callback.given_dirpath is not None
+        ):
             callback.dirpath = str(self.root / callback.given_dirpath)
 
 
-def find_saved(ckpt_path: Any, callbacks: Iterable[Callback]) -> Path | None:
+def find_saved(
+    ckpt_path: Any, callbacks: Iterable[Callback], *, may_fall_back: bool = False
+) -> Path | None:
     """Return the step directory that `ckpt_path` means: `"last"`, `"best"`, a path, or None.
+
+    Args:
+        ckpt_path: As in `fit`.
+        callbacks: Among them, perhaps, a `Checkpoint`.
+        may_fall_back: Whether `"last"` may be an earlier one, where the last is damaged.
 
     Raises:
         ConfigError: If it is nothing of these.
@@ -96,11 +108,21 @@ def find_saved(ckpt_path: Any, callbacks: Iterable[Callback]) -> Path | None:
             f"ckpt_path={ckpt_path!r} means a checkpoint of the `Checkpoint` callback, and "
             "there is none; pass `Trainer(callbacks=[Checkpoint('runs/...')])`, or a path."
         )
-    return saver.find(str(ckpt_path))
+    return saver.find(str(ckpt_path), may_fall_back=may_fall_back)
 
 
 def _replaces(new: Callback, old: Callback) -> bool:
     return type(old) is not Callback and isinstance(new, type(old))
+
+
+def _check_restores(callbacks: Iterable[Callback]) -> None:
+    callbacks = list(callbacks)
+    restores = any(isinstance(c, NonFinite) and c.policy == "restore" for c in callbacks)
+    if restores and not any(isinstance(c, Checkpoint) for c in callbacks):
+        raise ConfigError(
+            "NonFinite('restore') goes back to the last checkpoint, and there is no `Checkpoint`: "
+            "add `Checkpoint('runs/...')` to the callbacks, or use `NonFinite('skip')`."
+        )
 
 
 def _check_keys(callbacks: Iterable[Callback]) -> None:

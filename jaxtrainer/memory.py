@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_STATM = Path("/proc/self/statm")
 
 
 def free_bytes(devices: Sequence[Any]) -> int:
@@ -30,6 +31,14 @@ def free_bytes(devices: Sequence[Any]) -> int:
     return host_bytes() // len(devices)
 
 
+def total_bytes(devices: Sequence[Any]) -> int:
+    """Return the memory that each of the devices has for this process, the least of them."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("bytes_limit" in s for s in stats):
+        return min(s["bytes_limit"] for s in stats)
+    return host_bytes() // len(devices)
+
+
 def host_bytes() -> int:
     """Return the memory that this process may use: the host's, or its container's limit."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -38,6 +47,15 @@ def host_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def rss_bytes() -> int:
+    """Return the memory of the host that this process has now; 0 where the system does not say."""
+    try:
+        pages = int(_STATM.read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

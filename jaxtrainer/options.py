@@ -38,6 +38,7 @@ class Options:
     mesh: Mapping[str, int] | Mesh | None
     steps_per_dispatch: int | str
     cache_dir: Path | None
+    data_timeout_s: float | None
     clock: Clock
 
     def __post_init__(self) -> None:

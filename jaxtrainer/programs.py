@@ -19,6 +19,7 @@ from jaxtrainer.averaging import Averaging, init_average
 from jaxtrainer.checks import configured_model
 from jaxtrainer.control import APPLY
 from jaxtrainer.feed import FeedSpec
+from jaxtrainer.guard import Guard, init_guard
 from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
 from jaxtrainer.sharding import batch_sharding, on_mesh, replicated
@@ -67,7 +68,10 @@ class Initializer:
         return self.precision.cast_to_params(params), model_state
 
     def state_fn(
-        self, options: OptimizerOptions, averaging: Averaging | None = None
+        self,
+        options: OptimizerOptions,
+        averaging: Averaging | None = None,
+        guard: Guard | None = None,
     ) -> tuple[Callable[..., TrainState], tuple]:
         """Return a function that makes the state without metric totals, and its arguments."""
 
@@ -83,6 +87,7 @@ class Initializer:
                 totals=None,
                 accumulated=window,
                 averaged=init_average(averaging, params, model_state),
+                guard=init_guard(guard),
             )
 
         return make, (self.seed, self.given)

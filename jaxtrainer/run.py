@@ -17,7 +17,7 @@ import numpy as np
 from jaxtrainer.metrics import host_scalar, is_private
 from jaxtrainer.types import Clock
 
-_HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted")
+_HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted", "restore")
 """Reasons to stop that the minimum limits do not hold back."""
 
 
@@ -75,6 +75,16 @@ class History:
         for name, value in metrics.items():
             table.setdefault(name, Series()).append(step, epoch, value)
 
+    def until(self, step: int) -> History:
+        """Return what was reported of steps up to that one."""
+        before = History()
+        for kind, table in (("step", self.step), ("epoch", self.epoch)):
+            for name, series in table.items():
+                for point in zip(series.steps, series.epochs, series.values, strict=True):
+                    if point[0] <= step:
+                        before.add(kind, {name: point[2]}, step=point[0], epoch=point[1])
+        return before
+
     def __getitem__(self, name: str) -> Series:
         """Return the epoch series of that name, or else its step series."""
         for table in (self.epoch, self.step):
@@ -95,21 +105,29 @@ class Timings:
 
     `data` is time the loop waited for the loader, `device` time it waited because the device
     was still busy, which is what a well-fed run shows.
+
+    Attributes:
+        seconds: By phase.
+        started: When the run was made, on the clock.
+        current: Name of the phase that runs, if one does.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.started = clock()
+        self.current = ""
         self._inner_s = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to the phase, less that of the phases inside it."""
         start, outer_inner_s, self._inner_s = self.clock(), self._inner_s, 0.0
+        outer, self.current = self.current, name
         try:
             yield
         finally:
+            self.current = outer
             spent = self.clock() - start
             self.seconds[name] += spent - self._inner_s
             self._inner_s = outer_inner_s + spent
@@ -148,7 +166,12 @@ class Run:
         state: The `TrainState` on the device; the arrays live until the next dispatch.
         arrays: Latest epoch value of every private series that is an array, see `Recorder.log`.
         precision: Name of the trainer's precision.
+        state_bytes: Bytes that a checkpoint holds; 0 before the training step is traced.
         make_plan: Makes `plan`; set when the training step is compiled.
+        left_out: Indices in the run of the batches that are to change nothing.
+        restores: How often this call went back to a checkpoint.
+        examine: Runs a batch that is not finite once more, see `replay.examine`; set where there
+            is a guard in the step.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -188,7 +211,11 @@ class Run:
     cache_misses: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     precision: str = "32-true"
+    state_bytes: int = 0
     make_plan: Callable[[], Any] | None = None
+    left_out: set[int] = field(default_factory=set)
+    restores: int = 0
+    examine: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)
@@ -230,6 +257,17 @@ class Run:
         """Take the schedule of accumulation: `{0: 1, 4: 2}`, 2 batches from epoch 4 on."""
         self.accumulation = accumulation
         self._begin_epoch()
+
+    def take_over(self, earlier: Run | None) -> None:
+        """Go on in place of a run that went back to the checkpoint from which this one starts."""
+        if earlier is None:
+            return
+        self.history = earlier.history.until(self.global_step)
+        self.notices[:0] = earlier.notices
+        self.left_out |= earlier.left_out
+        self.restores = earlier.restores
+        # What was lost took its time all the same.
+        self.elapsed_before_s = earlier.elapsed_s
 
     def _begin_epoch(self) -> None:
         last = max(epoch for epoch in self.accumulation if epoch <= self.epoch)

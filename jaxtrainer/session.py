@@ -19,7 +19,7 @@ import numpy as np
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
-from jaxtrainer.checkpoint import Snapshot, read_record, restore_items, saved_names
+from jaxtrainer.checkpoint import read_record, restore_items, saved_names
 from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import IndexedSource, MapSource, Source, first_batches, open_source
 from jaxtrainer.datamodule import DataHooks, DataModule, Loaders
@@ -29,13 +29,16 @@ from jaxtrainer.feed import Feed
 from jaxtrainer.hooks import CallbackList
 from jaxtrainer.interrupts import Interrupts
 from jaxtrainer.loaders import refuse_several
+from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
+from jaxtrainer.store import Snapshot
 from jaxtrainer.types import PyTree, Stage
+from jaxtrainer.waiting import Patience
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
 _VALIDATION = ("validated_batches", "validated_at_s", "owes_validation")
@@ -58,6 +61,7 @@ class Session:
         hooks: The overridden hooks of callbacks and module.
         mesh: The devices.
         record: The JSON record of the checkpoint, if any.
+        advise: Says what would take less memory, once the training step is traced.
     """
 
     def __init__(
@@ -84,10 +88,14 @@ class Session:
         self.mesh = build_mesh(options.mesh)
         self.record = read_record(path) if path is not None else None
         self.interrupts = Interrupts(self.run)
+        self._patience = Patience(
+            options.data_timeout_s, lambda: self.run.stop_reason == "interrupted"
+        )
         self._feeds: list[Feed] = []
         self._is_fit = stage in ("fit", "tune")
         self._few: tuple[Source | IndexedSource, int | None] | None = None
         self._init: Initializer | None = None
+        self.advise: Callable[[], Sequence[str]] | None = None
         if self.record is not None and stage == "fit":
             self._resume(self.record)
         self.run.follow(accumulation_of(options.accumulate, self.hooks.accumulations))
@@ -95,10 +103,10 @@ class Session:
             self.run.notice(f"no cache of compiled programs: {options.cache_dir} is not writable")
 
     def __enter__(self) -> Session:
-        self.interrupts.__enter__()
-        thaw(self.module)
-        self.module.run = self.run
         try:
+            self.interrupts.__enter__()
+            thaw(self.module)
+            self.module.run = self.run
             if self.loaders is not None:
                 self.loaders.prepare()
             self.hooks.setup(self.run)
@@ -124,6 +132,7 @@ class Session:
                 if failure is not None:
                     cleanup.callback(self._tell, failure)
                 cleanup.callback(thaw, self.module)
+                cleanup.callback(self._leave_loaders)
                 for feed in self._feeds:
                     cleanup.callback(feed.close)
         except BaseException as other:
@@ -261,7 +270,7 @@ class Session:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
         options = ReadOptions(stage=label, limit=limit, keep_ragged=keep_ragged)
-        feed = Feed(source, options, self.mesh, **at)
+        feed = Feed(source, options, self.mesh, patience=self._patience, **at)
         self._feeds.append(feed)
         return feed
 
@@ -299,6 +308,9 @@ class Session:
         run, hook = self.run, _hook_of(error)
         at = f"{hook}, " if hook else ""
         error.add_note(f"in {at}{run.stage}, epoch {run.epoch}, step {run.global_step}")
+        if self.advise is not None and is_out_of_memory(error):
+            for note in self.advise():
+                error.add_note(note)
         try:
             self.hooks.on_exception(run, error)
         finally:
@@ -330,9 +342,13 @@ class Session:
         run.metrics.update(record["metrics"])
         run.resumed_step = run.global_step
 
+    def _leave_loaders(self) -> None:
+        if any(feed.is_stuck for feed in self._feeds):
+            self._patience.abandon()
+
     def _keep_model(self) -> None:
         # It holds the traced step and its program.
-        self.run.make_plan = None
+        self.run.make_plan = self.run.examine = None
         state = self.run.state
         if state is None or self._init is None:
             return

@@ -36,6 +36,7 @@ class TrainState(NamedTuple):
         totals: Running totals of the epoch's metrics: `[4, num_metrics]`, float32.
         accumulated: What an accumulation window adds up, see `update.init_opt_state`, or `{}`.
         averaged: Averaged weights, see `averaging.init_average`, or `{}`.
+        guard: Counters of batches that were left out, see `guard.init_guard`, or `{}`.
     """
 
     batch_count: Any
@@ -46,6 +47,7 @@ class TrainState(NamedTuple):
     totals: Any
     accumulated: Any
     averaged: Any
+    guard: Any
 
 
 class Adapter(Protocol):

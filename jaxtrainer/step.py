@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 
 from jaxtrainer.averaging import Averaging, update_average
-from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, EPOCH, RESET, START, STOP
+from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, EPOCH, LEFT_OUT, RESET, START, STOP
 from jaxtrainer.errors import LogError
 from jaxtrainer.flax_metrics import refuse_kept
+from jaxtrainer.guard import Guard, guard_row, guard_specs, judge, num_trained, settle, withhold
 from jaxtrainer.manual import Updates, refuse_changed_params
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, step_name, tracing
@@ -88,6 +89,7 @@ def build_train_step(
     state: TrainState,
     batch: PyTree,
     averaging: Averaging | None = None,
+    guard: Guard | None = None,
 ) -> Program:
     """Return programs `fn(state, resident, chunk, control) -> (state, rows)`.
 
@@ -97,81 +99,70 @@ def build_train_step(
         state: Abstract or real state; its `totals` are not looked at.
         batch: Spec of one batch, as the loader gives it.
         averaging: How weights are averaged, if they are.
+        guard: What to do about a batch that is not finite; None for nothing.
 
     Returns:
         The programs. `chunk` has leaves `[capacity, batch, ...]`, or `[capacity, batch]` int32
         row indices into `resident`; `control` is int32 `[APPLY + capacity]`; `rows` comes back
         as `[capacity, num_metrics]` float32 (`[1, num_metrics]` unfused).
     """
-    trace = _Traced(options, "train")
-
-    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
-        def loss_fn(trained: Nested) -> tuple[Array, Any]:
-            return trace.run(join(params, trained), model_state, batch, key)
-
-        # What no optimiser owns is no argument of the derivative: its gradients cost nothing.
-        trained = optimizer.trained(params)
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        return grads, loss, *aux
-
-    def run_step(
-        params: Nested,
-        model_state: Nested,
-        batch: PyTree,
-        rng: Array,
-        batch_count: Array,
-        opt_state: PyTree,
-        epoch: Array,
-    ) -> Any:
-        key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
-        if not optimizer.is_manual:
-            return gradients(params, model_state, batch, key)
-        kind = options.adapter, options.precision, trace.where
-        updates = Updates(optimizer, *kind, params, opt_state, epoch)
-        loss, aux = trace.run(params, model_state, batch, key, updates)
-        return (updates.params, updates.opt_state), loss, *aux
-
+    run_step, trace = step_fn(options, optimizer)
     # Traced here once; inside the loop below the cached jaxpr is put in line.
     inner = jax.jit(run_step, inline=True)
-    arguments = (
-        *(state.params, state.model_state, batch, state.rng, state.batch_count),
-        # The epoch's type is that of the other counter; another would be traced a second time.
-        *(state.opt_state, state.batch_count),
-    )
+    # The epoch's type is that of the other counter; another would be traced a second time.
+    count = state.batch_count
+    arguments = state.params, state.model_state, batch, state.rng, count, state.opt_state, count
     traced = jax.make_jaxpr(inner)(*arguments)
     refuse_leaked(traced.consts, trace.where)
     of_update = update_specs(optimizer, state.params, state.opt_state)
-    specs = (*trace.recorder.specs.values(), *of_update)
+    of_guard = guard_specs(guard)
+    specs = (*trace.recorder.specs.values(), *of_update, *of_guard)
     _refuse_twice(specs)
     totals = Totals(specs)
     is_windowed = optimizer.accumulate > 1
+    is_of_guard = np.arange(totals.shape[1])[None] >= totals.shape[1] - len(of_guard)
 
     def one_step(
         state: TrainState, batch: PyTree, epoch: Array, flags: Array, is_seen: Array | bool
     ) -> tuple[TrainState, Array]:
+        before = state
         changes, loss, model_state, row, weights, weight = inner(
-            *(state.params, state.model_state, batch, state.rng, state.batch_count),
+            *(state.params, state.model_state, batch, state.rng, num_trained(state)),
             *(state.opt_state, epoch),
         )
         state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
-        apply = (flags & ENDS_WINDOW) > 0
+        apply, verdict = (flags & ENDS_WINDOW) > 0, None
+        updated: Array | bool = True
+        if guard is not None:
+            looked_at = changes[0] if optimizer.is_manual else changes
+            verdict = judge(guard, before, loss, looked_at, (flags & LEFT_OUT) > 0)
+            if is_windowed:
+                given = changes, loss, weight, apply
+                changes, loss, weight, apply = withhold(verdict, state.accumulated, *given)
         if optimizer.is_manual:
             params, opt_state = changes
             state, logged = state._replace(params=params, opt_state=opt_state), row[:0]
         else:
             state, logged = optimise(optimizer, state, changes, loss, weight, apply, epoch)
+        if verdict is not None:
+            state = settle(verdict, before, state, is_windowed=is_windowed)
+            updated = ~verdict.leaves_out
         state = update_average(
             averaging,
             state,
-            updated=apply if is_windowed else True,
+            updated=apply if is_windowed else updated,
             epoch=epoch,
             ends_epoch=(flags & ENDS_EPOCH) > 0,
             is_seen=is_seen,
         )
         # What an update logs has no epoch mean, and may be -inf.
         none = jnp.zeros((len(of_update),), jnp.float32)
-        sums = totals.update(state.totals, _join(row, none), _join(weights, none))
-        return state._replace(totals=sums), totals.scalars(_join(row, logged))
+        counts = guard_row(of_guard, state.guard)
+        values = _join(row, none, counts), _join(weights, none, jnp.ones_like(counts))
+        sums = totals.update(before.totals, *values)
+        if verdict is not None:
+            sums = jnp.where(verdict.leaves_out & ~is_of_guard, before.totals, sums)
+        return state._replace(totals=sums), totals.scalars(_join(row, logged, counts))
 
     def with_totals(state: TrainState, control: Array) -> TrainState:
         return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
@@ -203,6 +194,45 @@ def build_train_step(
         # Addresses of functions differ from process to process.
         fingerprint=re.sub(r"0x[0-9a-f]+", "", str(traced)),
     )
+
+
+def step_fn(
+    options: StepOptions, optimizer: OptimizerOptions
+) -> tuple[Callable[..., Any], _Traced]:
+    """Return the user's step with its gradients, and what is known of it once it is traced.
+
+    It gives `(gradients, loss, model_state, row, weights, weight)`; of a step that makes its own
+    updates, `(params, opt_state)` is the first.
+    """
+    trace = _Traced(options, "train")
+
+    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
+        def loss_fn(trained: Nested) -> tuple[Array, Any]:
+            return trace.run(join(params, trained), model_state, batch, key)
+
+        # What no optimiser owns is no argument of the derivative: its gradients cost nothing.
+        trained = optimizer.trained(params)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        return grads, loss, *aux
+
+    def run_step(
+        params: Nested,
+        model_state: Nested,
+        batch: PyTree,
+        rng: Array,
+        batch_count: Array,
+        opt_state: PyTree,
+        epoch: Array,
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
+        if not optimizer.is_manual:
+            return gradients(params, model_state, batch, key)
+        kind = options.adapter, options.precision, trace.where
+        updates = Updates(optimizer, *kind, params, opt_state, epoch)
+        loss, aux = trace.run(params, model_state, batch, key, updates)
+        return (updates.params, updates.opt_state), loss, *aux
+
+    return run_step, trace
 
 
 def build_eval_step(

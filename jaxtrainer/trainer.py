@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Never
 
@@ -34,10 +34,11 @@ from jaxtrainer.options import Options, accumulation_schedule, check_count, chec
 from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
 from jaxtrainer.result import FitResult, metrics_table
-from jaxtrainer.run import Limits
+from jaxtrainer.run import Limits, Run
 from jaxtrainer.session import Session
 from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree
+from jaxtrainer.verify import Subject, Verification, compare_runs, copies_of
 from jaxtrainer.vocabulary import OF_THE_CALLS, OF_THE_TRAINER
 
 
@@ -79,6 +80,8 @@ class Trainer:
         compilation_cache: Directory of the cache of compiled programs; None for the default one
             in the user's cache directory, False for none.
         default_root_dir: Directory that relative run directories of callbacks are in.
+        data_timeout: A loader that yields no batch for this long is stuck: the call ends with an
+            error that says where, and its worker processes are killed. None waits for ever.
         clock: Seconds that never go back, `time.monotonic` if None; for tests.
 
     Raises:
@@ -121,6 +124,7 @@ class Trainer:
         enable_progress_bar: bool = True,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
+        data_timeout: Duration | None = 600.0,
         clock: Clock | None = None,
     ) -> None:
         dev_batches = check_count(
@@ -166,6 +170,7 @@ class Trainer:
             mesh=mesh,
             steps_per_dispatch=steps_per_dispatch,
             cache_dir=_cache_dir(compilation_cache),
+            data_timeout_s=None if data_timeout is None else parse_duration(data_timeout),
             clock=clock or time.monotonic,
         )
 
@@ -203,6 +208,12 @@ class Trainer:
 
         Raises:
             JaxTrainerError: One of its classes, for input that cannot work.
+            SystemExit: With code 143, after a SIGTERM.
+            KeyboardInterrupt: After a Ctrl-C before the first step, or a second one.
+
+        The first Ctrl-C or SIGTERM stops training after the steps that run, and the state is
+        saved; the second one leaves at once. Before the first step there is nothing to save, and
+        the first leaves at once.
 
         The order of operations, hooks included::
 
@@ -255,13 +266,21 @@ class Trainer:
         if validates:
             require(module, ("validation_step",))
         check_limits(self.options.limits)
-        with self._session("fit", module, loaders, ckpt_path) as session:
-            tune(session)
-            train_loader = session.loader("train")
-            val_loader = session.loader("validate") if validates else None
-            fit(session.run, fit_plan(session, train_loader, val_loader))
-            session.hooks.on_fit_end(session.run)
+        earlier: Run | None = None
+        while True:
+            with self._session("fit", module, loaders, ckpt_path) as session:
+                session.run.take_over(earlier)
+                tune(session)
+                train_loader = session.loader("train")
+                val_loader = session.loader("validate") if validates else None
+                fit(session.run, fit_plan(session, train_loader, val_loader))
+                if session.run.stop_reason != "restore":
+                    session.hooks.on_fit_end(session.run)
+            earlier, ckpt_path = session.run, session.run.last_checkpoint
+            if earlier.stop_reason != "restore" or session.interrupts.received is not None:
+                break
         if session.interrupts.received == signal.SIGTERM:
+            session.interrupts.say_farewell()
             raise SystemExit(128 + signal.SIGTERM)
         return FitResult.of(session.run)
 
@@ -405,6 +424,69 @@ class Trainer:
         callbacks = self._lineup.for_module(module)
         return step_plan(Session(self.options, callbacks, module, "fit", None), batch)
 
+    def verify_resume(
+        self,
+        module: TrainModule,
+        train_loader: Any = None,
+        val_loader: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        steps: int = 20,
+        at: int | Sequence[int] | None = None,
+    ) -> Verification:
+        """Train a few steps with and without an interruption, and compare every array.
+
+        Runs on copies of module and callbacks, with a checkpoint in a temporary directory; the
+        loaders are read three times or more. Callbacks that save, show or find something take no
+        part. What hooks of yours write, they write here too.
+
+        Args:
+            module: As in `fit`.
+            train_loader: As in `fit`; one that can be read again.
+            val_loader: As in `fit`.
+            datamodule: As in `fit`.
+            steps: Optimiser updates of each run, as far as the trainer's limits allow them.
+            at: After how many to interrupt and resume; several, one after the other. Where batches
+                are accumulated it is one batch later, within a window. None: after a third.
+
+        Returns:
+            Whether all arrays are equal, or which differ and by how much; it prints well.
+
+        Raises:
+            ConfigError: If the run ends before it could be interrupted.
+
+        Example:
+            >>> trainer = Trainer(max_epochs=5)
+            >>> # assert trainer.verify_resume(module, loader).is_equal
+        """
+        given = {"train": train_loader, "validate": val_loader}
+        return compare_runs(self._copies(module, datamodule, given), steps=steps, at=at)
+
+    def verify_determinism(
+        self,
+        module: TrainModule,
+        train_loader: Any = None,
+        val_loader: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        steps: int = 20,
+    ) -> Verification:
+        """Train a few steps twice, and compare every array.
+
+        As `verify_resume`, without an interruption. Print the `digest` of the report to compare
+        two processes or machines.
+        """
+        given = {"train": train_loader, "validate": val_loader}
+        return compare_runs(self._copies(module, datamodule, given), steps=steps, at=())
+
+    def _copies(
+        self, module: TrainModule, datamodule: DataModule | None, given: Mapping[str, Any]
+    ) -> Callable[[], Subject]:
+        require(module, ("configure_model", "configure_optimizers", "training_step"))
+        Loaders("fit", module, datamodule, **given).require("train")
+        check_limits(self.options.limits)
+        return copies_of(self.options, self._lineup, module, datamodule, given)
+
     def _session(
         self,
         call: Literal["fit", "tune", "validate", "test", "predict"],
@@ -413,7 +495,7 @@ class Trainer:
         ckpt_path: Any,
     ) -> Session:
         callbacks = self._lineup.for_module(module)
-        path = find_saved(ckpt_path, callbacks)
+        path = find_saved(ckpt_path, callbacks, may_fall_back=call == "fit")
         return Session(self.options, callbacks, module, call, path, loaders)
 
     def _evaluate(

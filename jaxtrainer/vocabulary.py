@@ -90,7 +90,7 @@ OF_THE_TRAINER = {
     "inference_mode": "Evaluation takes no gradients, so that nothing is kept for them.",
     "use_distributed_sampler": "Loaders are sharded by `data.from_arrays(shard=...)` or by Grain.",
     "profiler": "Pass `callbacks=[Profiler()]`; timings by phase are in `result.timings`.",
-    "detect_anomaly": "Pass `callbacks=[TerminateOnNaN()]`, or set `jax_debug_nans`.",
+    "detect_anomaly": "Pass `callbacks=[NonFinite()]`: it finds the batch and the line.",
     "barebones": "Without callbacks nothing runs but the step; the bar is turned off by "
     "`enable_progress_bar=False`.",
     "plugins": "There are none: `precision=` and `mesh=` say what they would.",

@@ -19,7 +19,9 @@ PUBLIC = [
     "callbacks",
     "data",
     "errors",
+    "load_params",
     "read_predictions",
+    "testing",
 ]
 CALLBACKS = [
     "EMA",
@@ -36,6 +38,7 @@ CALLBACKS = [
     "LearningRateFinder",
     "LearningRateMonitor",
     "ModelSummary",
+    "NonFinite",
     "OnExceptionCheckpoint",
     "PredictionWriter",
     "Profiler",

@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxtrainer import Callback, Run
 from jaxtrainer import trainer as trainer_module
+from jaxtrainer.callbacks import NonFinite
 from tests import tiny
 
 MAX_FILES, MAX_FUNCTIONS, MAX_FRAMES_ABOVE = 12, 25, 3
@@ -89,6 +90,12 @@ def test_steady_step_stays_within_its_budget(steps: int):
         assert len(functions) <= MAX_FUNCTIONS, sorted(functions)
         assert len({file for file, _ in functions}) <= MAX_FILES
     assert set(profile.frames_above) == {MAX_FRAMES_ABOVE}
+
+
+def test_steady_step_with_a_guard_stays_within_its_budget(steps: int):
+    for functions in watch(steps, NonFinite("skip")).steady:
+        assert len(functions) <= MAX_FUNCTIONS, sorted(functions)
+        assert len({file for file, _ in functions}) <= MAX_FILES
 
 
 def test_steady_step_calls_no_flax(steps: int):
@@ -187,6 +194,12 @@ def test_steps_between_reports_read_nothing(steps: int, monkeypatch: pytest.Monk
     # The epoch's totals when it is over, and the last row, which no report was due for.
     assert events[:last] == [("dispatch", i + 1) for i in range(last)]
     assert events[last:] == [("read", last), ("read", last)]
+
+
+def test_guard_reads_nothing_of_its_own(steps: int, monkeypatch: pytest.MonkeyPatch):
+    events = train_watched(monkeypatch, steps, 8, NonFinite("skip", spike_z=6))
+    # A report each 8 batches but for the first 8, the totals, and the report of the last ones.
+    assert len([e for e in events if e[0] == "read"]) == BATCHES // 8 + 1
 
 
 def test_report_reads_once_and_one_interval_late(steps: int, monkeypatch: pytest.MonkeyPatch):

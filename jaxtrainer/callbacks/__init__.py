@@ -14,6 +14,7 @@ from jaxtrainer.callbacks.lambda_callback import LambdaCallback
 from jaxtrainer.callbacks.learning_rate_finder import LearningRateFinder
 from jaxtrainer.callbacks.learning_rate_monitor import LearningRateMonitor
 from jaxtrainer.callbacks.model_summary import ModelSummary
+from jaxtrainer.callbacks.non_finite import NonFinite
 from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.callbacks.profiler import Profiler
@@ -38,6 +39,7 @@ __all__ = [
     "LearningRateFinder",
     "LearningRateMonitor",
     "ModelSummary",
+    "NonFinite",
     "OnExceptionCheckpoint",
     "PredictionWriter",
     "Profiler",

@@ -8,9 +8,11 @@ from pathlib import Path
 import jax
 
 from jaxtrainer.callback import Callback
-from jaxtrainer.checkpoint import CheckpointStore, saved_steps
 from jaxtrainer.errors import ConfigError, RunDirError, checks_options
+from jaxtrainer.guard import unfit
 from jaxtrainer.run import Run
+from jaxtrainer.rundir import saved_steps
+from jaxtrainer.store import CheckpointStore
 
 
 class OnExceptionCheckpoint(Callback):
@@ -18,7 +20,8 @@ class OnExceptionCheckpoint(Callback):
 
     The path is in a note of the exception, below its traceback, and in `path`; `fit` goes on from
     it with `ckpt_path=`. A run that ends well leaves nothing. Nothing is saved either if the
-    exception came while the state was being changed, and then the note says that.
+    exception came while the state was being changed, or the state is not finite, and then the note
+    says that.
 
     Args:
         dirpath: Run directory. If it has checkpoints that this run does not go on from, the
@@ -52,7 +55,7 @@ class OnExceptionCheckpoint(Callback):
 
     def on_train_end(self, run: Run) -> None:
         """Save if a signal has ended training: that is no exception inside the run."""
-        if run.stop_reason == "interrupted":
+        if run.stop_reason == "interrupted" and not unfit(run.state):
             self._save(run)
 
     def on_exception(self, run: Run, exception: BaseException) -> None:
@@ -60,11 +63,13 @@ class OnExceptionCheckpoint(Callback):
         if run.capture is None or not run.total_batches or self.path is not None:
             return
         try:
-            if _is_whole(run):
+            if not _is_whole(run):
+                note = "no checkpoint: the exception came while a step was changing the state"
+            elif why := unfit(run.state):
+                note = f"no checkpoint: {why}"
+            else:
                 self._save(run)
                 note = f"the state is saved; go on with `fit(..., ckpt_path={self.path!r})`"
-            else:
-                note = "no checkpoint: the exception came while a step was changing the state"
         except Exception as error:
             # The exception that ends the run is the one to be seen.
             note = f"no checkpoint: {error}"

@@ -11,7 +11,7 @@ from typing import Any, final
 import jax
 import numpy as np
 
-from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW
+from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, LEFT_OUT
 from jaxtrainer.feed import Chunk
 from jaxtrainer.run import Run
 
@@ -47,6 +47,8 @@ class Controls:
         is_last = chunk.is_last and start + 1 == chunk.size
         # A window that the epoch's end cuts short is applied there, weighted by what it has.
         flag = ENDS_WINDOW | ENDS_EPOCH if is_last else ENDS_WINDOW * ends_window
+        if run.total_batches in run.left_out:
+            flag |= LEFT_OUT
         key = (start, run.batch_idx == 0, flag)
         control = self._kept.get(key)
         if control is None:
@@ -66,6 +68,9 @@ class Controls:
             flags *= (run.batch_idx + 1 + np.arange(count)) % run.accumulate == 0
         if chunk.is_last and start + count == chunk.size:
             flags[-1] = ENDS_WINDOW | ENDS_EPOCH
+        for i in run.left_out:
+            if 0 <= i - run.total_batches < count:
+                flags[i - run.total_batches] |= LEFT_OUT
         return control, (run.global_step + (flags & ENDS_WINDOW).cumsum()).tolist()
 
     def _vector(self, run: Run, start: int, count: int) -> np.ndarray:

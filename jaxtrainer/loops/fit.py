@@ -21,6 +21,9 @@ from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree
 from jaxtrainer.validation import Schedule
 
+_CUT_SHORT = ("interrupted", "restore")
+"""Reasons to stop that leave an epoch, or a validation, to be run by whoever goes on."""
+
 
 @dataclass(kw_only=True)
 class FitPlan:
@@ -69,11 +72,12 @@ def fit(run: Run, plan: FitPlan) -> None:
         if run.batch_idx == 0:
             hooks.on_train_epoch_start(run)
         is_whole = _train_epoch(run, plan, chunks)
-        if is_whole or run.stop_reason != "interrupted":
+        if is_whole or run.stop_reason not in _CUT_SHORT:
             _end_epoch(run, plan)
         # A hook may have asked to stop: the last values come before the checkpoint, if they can.
         _validate_at_end(run, plan, is_whole)
-        hooks.on_save_point(run)
+        if run.total_batches:
+            hooks.on_save_point(run)
         _validate_at_end(run, plan, is_whole)
         if is_whole:
             run.next_epoch()
@@ -90,7 +94,8 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
     while True:
         chunk = _next_chunk(run, chunks)
         if chunk is None:
-            return run.batch_idx > 0
+            # No more epochs; or a signal came while there was nothing to do but wait.
+            return run.batch_idx > 0 and run.stop_reason != "interrupted"
         start = 0
         while start < chunk.size:
             if _wants_to_skip(run, plan, chunk, start):
@@ -136,7 +141,7 @@ def _validate_at_end(run: Run, plan: FitPlan, is_whole: bool) -> None:
 def _validate(run: Run, plan: FitPlan) -> None:
     # Until it has run to its end: a resumed run makes up for one that was cut short.
     run.owes_validation = True
-    if plan.validate is not None and run.stop_reason != "interrupted":
+    if plan.validate is not None and run.stop_reason not in _CUT_SHORT:
         plan.validate(run)
         run.stage = "train"
 
@@ -181,8 +186,9 @@ def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
 
 
 def _skip_epoch(chunk: Chunk, chunks: Iterator[Chunk]) -> None:
-    while not chunk.is_last:
-        chunk = next(chunks)
+    following: Chunk | None = chunk
+    while following is not None and not following.is_last:
+        following = next(chunks, None)
 
 
 def _end_batches(

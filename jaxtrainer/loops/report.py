@@ -8,8 +8,12 @@ import jax
 import numpy as np
 
 from jaxtrainer.hooks import CallbackList
+from jaxtrainer.memory import host_bytes, rss_bytes
 from jaxtrainer.metrics import Totals
 from jaxtrainer.run import Run
+
+_FULL = 0.9
+"""Share of the host's memory above which there is a warning."""
 
 Point = tuple[int, int, int]
 """Row of a metrics buffer, and the optimiser step and batch of the run that it belongs to."""
@@ -33,6 +37,7 @@ class Reporter:
         self.hooks = hooks
         self._pending: tuple[jax.Array, Sequence[Point]] | None = None
         self._last: tuple[jax.Array, Point] | None = None
+        self._host_bytes = host_bytes()
 
     def after(self, run: Run, rows: jax.Array, first_row: int, steps: Sequence[int]) -> None:
         """Take the rows of a dispatch; `steps` is the optimiser step after each of its batches."""
@@ -58,6 +63,11 @@ class Reporter:
             metrics = self.totals.step_values(values[row], batch)
             run.record("step", metrics, step)
             self.hooks.on_report(run, metrics, step)
+        if rss_bytes() > _FULL * self._host_bytes:
+            run.notice(
+                f"the process has over {_FULL:.0%} of the host's memory, "
+                f"{self._host_bytes / 2**30:.1f} GiB: the system may end it; a checkpoint goes on"
+            )
 
     def finish(self, run: Run) -> None:
         """Report what is pending, and the last step if it fell between two reports."""

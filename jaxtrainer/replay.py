@@ -1,0 +1,232 @@
+"""A batch that was not finite, run once more: which samples, which line, and a bundle of it.
+
+Runs when training has come to a stand; the guard has kept the state as it was before the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.extend.core import jaxpr_as_fun
+
+from jaxtrainer.bundle import write_bundle
+from jaxtrainer.data import IndexedSource, as_host_batch
+from jaxtrainer.feed import Feed
+from jaxtrainer.forensics import SCOPE, Finding, first_non_finite, names_of
+from jaxtrainer.guard import num_trained
+from jaxtrainer.module import thaw
+from jaxtrainer.session import Session
+from jaxtrainer.sharding import batch_sharding, place
+from jaxtrainer.state import Adapter, Nested
+from jaxtrainer.step import StepOptions, step_fn
+from jaxtrainer.update import OptimizerOptions
+
+_ARGUMENTS = ("params", "model_state", "batch", "rng", "batch_count", "opt_state", "epoch")
+_OUTPUTS = ("gradients", "loss", "model_state", "row", "weights", "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of a batch that was not finite.
+
+    Attributes:
+        samples: Which samples of the data it has, in words.
+        finding: Where its numbers stopped being finite, or None.
+        directory: Where the bundle is, or None.
+        problem: Why something of it is missing, or an empty string.
+    """
+
+    samples: str
+    finding: Finding | None = None
+    directory: Path | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Runs a batch of a fit once more.
+
+    Attributes:
+        session: Of the fit; its state is frozen.
+        feed: Of the training loader.
+        options: What the step was traced from.
+        optimizer: How gradients become updates.
+        counts_epochs: Whether the step reads the epoch's index.
+    """
+
+    session: Session
+    feed: Feed
+    options: StepOptions
+    optimizer: OptimizerOptions
+    counts_epochs: bool
+
+    def examine(self, epoch: int, batch_idx: int, directory: Path | None) -> Evidence:
+        """Return the evidence on a batch, and write the bundle; raises nothing.
+
+        Args:
+            epoch: Of the batch.
+            batch_idx: Its index in the epoch.
+            directory: Where to write the bundle; None for none.
+        """
+        evidence = Evidence(samples=self._samples(epoch, batch_idx))
+        try:
+            batch = self._batch(epoch, batch_idx)
+            return self._run(evidence, epoch, batch, directory)
+        except Exception as error:
+            # The batch was not finite: that is the error to be seen.
+            problem = f"the batch could not be run once more: {type(error).__name__}: {error}"
+            return replace(evidence, problem=problem)
+
+    def _samples(self, epoch: int, batch_idx: int) -> str:
+        first = batch_idx * self.feed.rows
+        if isinstance(self.feed.source, IndexedSource):
+            order = self.feed.source.loader.batch_indices(self._epoch_read(epoch))
+            rows = np.asarray(order[first : first + self.feed.rows]).tolist()
+            return f"samples {', '.join(map(str, rows))} of the arrays"
+        last = first + self.feed.rows - 1
+        return f"samples {first} to {last} of the epoch, in the order in which the loader gave them"
+
+    def _batch(self, epoch: int, batch_idx: int) -> Any:
+        source, epoch = self.feed.source, self._epoch_read(epoch)
+        if isinstance(source, IndexedSource):
+            first = batch_idx * self.feed.rows
+            rows = source.loader.batch_indices(epoch)[None, first : first + self.feed.rows]
+            return as_host_batch(source.gather(source.loader.local_rows(rows)[0]))
+        return as_host_batch(next(source.open(epoch, batch_idx))[0])
+
+    def _epoch_read(self, epoch: int) -> int:
+        # With few batches to overfit each epoch reads the first.
+        return 0 if self.session.options.overfit is not None else epoch
+
+    def _run(self, evidence: Evidence, epoch: int, batch: Any, directory: Path | None) -> Evidence:
+        state = self.session.run.state
+        # Frozen at this batch, its count is of batches after it; the key is of this one.
+        frozen = int(state.guard["frozen"]) - 1
+        state = state._replace(batch_count=np.int32(frozen))
+        batch = place(batch, batch_sharding(self.session.mesh, self.feed.rows, stacked=False))
+        count = np.int32(num_trained(state))
+        index = np.int32(epoch if self.counts_epochs else 0)
+        arguments = (
+            *(state.params, state.model_state, batch, state.rng, count, state.opt_state),
+            index,
+        )
+        closed, shapes = self._traced(arguments)
+        inputs = [
+            n for a, name in zip(arguments, _ARGUMENTS, strict=True) for n in names_of(a, name)
+        ]
+        outputs = [n for x, name in zip(shapes, _OUTPUTS, strict=True) for n in names_of(x, name)]
+        leaves = jax.tree.leaves(arguments)
+        finding = self._find(closed, leaves, inputs, outputs)
+        problem = (
+            ""
+            if finding
+            else (
+                "run once more, the batch was finite: the loader gives another one there, or "
+                "the compiled step rounds otherwise than its operations one by one"
+            )
+        )
+        evidence = replace(evidence, finding=finding, problem=problem)
+        if directory is None:
+            return evidence
+        directory = _unused(directory)
+        readme = f"# A batch that was not finite\n\n{evidence.samples}.\n\n{finding or problem}."
+        named = list(zip(inputs, leaves, strict=True))
+        write_bundle(directory, jaxpr_as_fun(closed), named, outputs, readme, str(closed))
+        return replace(evidence, directory=directory)
+
+    def _traced(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        adapter = _NamedModules(self.options.adapter)
+        options = replace(self.options, adapter=adapter)
+        try:
+            fn, _ = step_fn(options, self.optimizer)
+            with adapter.scopes():
+                return jax.make_jaxpr(fn, return_shape=True)(*arguments)
+        finally:
+            thaw(self.session.module)
+
+    def _find(
+        self, closed: Any, leaves: list[Any], inputs: list[str], outputs: list[str]
+    ) -> Finding | None:
+        asked = [n if n.split("/")[0] in ("loss", "gradients") else "" for n in outputs]
+        order = sorted(range(len(asked)), key=lambda i: asked[i] != "loss")
+        jaxpr = closed.jaxpr.replace(outvars=[closed.jaxpr.outvars[i] for i in order])
+        names = [asked[i] for i in order]
+        return first_non_finite(closed.replace(jaxpr=jaxpr), leaves, inputs, names)
+
+
+class _NamedModules:
+    """An adapter whose models leave the paths of their modules in what is traced."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._paths: dict[int, str] = {}
+        self._alive: list[Any] = []
+        self.types = adapter.types
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+    def merge(self, params: Nested, model_state: Nested, *, training: bool) -> Any:
+        """See `Adapter.merge`."""
+        model = self._adapter.merge(params, model_state, training=training)
+        # An id is a name as long as its object lives.
+        self._alive.append(model)
+        for path, module in _modules(model):
+            self._paths[id(module)] = path
+            self._scope(type(module))
+        return model
+
+    @contextmanager
+    def scopes(self) -> Iterator[None]:
+        """Undo at the end what `merge` has done to the modules' classes."""
+        self._before: list[tuple[type, str, Any]] = []
+        try:
+            yield
+        finally:
+            for cls, name, fn in self._before:
+                setattr(cls, name, fn)
+
+    def _scope(self, module_type: type) -> None:
+        done = {(cls, name) for cls, name, _ in self._before}
+        for cls in module_type.__mro__:
+            if cls in nnx.Module.__mro__:
+                continue
+            for name, fn in list(vars(cls).items()):
+                is_public = name == "__call__" or not name.startswith("_")
+                if is_public and inspect.isfunction(fn) and (cls, name) not in done:
+                    self._before.append((cls, name, fn))
+                    setattr(cls, name, self._scoped(fn))
+
+    def _scoped(self, fn: Any) -> Any:
+        @wraps(fn)
+        def scoped(module: Any, *args: Any, **kwargs: Any) -> Any:
+            path = self._paths.get(id(module))
+            if path is None:
+                return fn(module, *args, **kwargs)
+            with jax.named_scope(f"{SCOPE}{path}{SCOPE}"):
+                return fn(module, *args, **kwargs)
+
+        return scoped
+
+
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(model, nnx.Module):
+        for path, module in nnx.iter_modules(model):
+            yield ".".join(map(str, path)) or type(module).__name__, module
+
+
+def _unused(directory: Path) -> Path:
+    number, free = 1, directory
+    while free.exists():
+        number += 1
+        free = directory.with_name(f"{directory.name}-{number}")
+    return free
