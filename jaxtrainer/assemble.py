@@ -102,7 +102,12 @@ class TracedStep:
             chunk_spec(spec, session.mesh, spec.rows, capacity),
             control_spec(capacity, session.mesh),
         )
-        self._out = (shardings(self.target), replicated(session.mesh))
+        self._jit = functools.partial(
+            jax.jit,
+            donate_argnums=0,
+            out_shardings=(shardings(self.target), replicated(session.mesh)),
+            compiler_options=options.compiler_options,
+        )
 
     def plan(self, session: Session, compiled: Any) -> Plan:
         """Return what a step costs, from a compiled form of the program."""
@@ -120,7 +125,7 @@ class TracedStep:
 
     def lower(self, fn: Callable[..., Any]) -> Any:
         """Lower a form of the program, with its state donated."""
-        return jax.jit(fn, donate_argnums=0, out_shardings=self._out).lower(*self.arguments)
+        return self._jit(fn).lower(*self.arguments)
 
 
 def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:

@@ -130,7 +130,12 @@ class EvaluationStep:
             control_spec(batches, mesh),
         )
         fn = program.fused if self.fused and is_whole else program.single
-        jitted = jax.jit(fn, donate_argnums=2, out_shardings=replicated(mesh))
+        jitted = jax.jit(
+            fn,
+            donate_argnums=2,
+            out_shardings=replicated(mesh),
+            compiler_options=self._session.options.compiler_options,
+        )
         title = self._title if is_whole else f"{self._title} for the last {rows} rows"
         return self._session.compile(title, lambda: jitted.lower(*arguments).compile())
 
@@ -178,7 +183,8 @@ def _predict_loader(
         chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
         arguments = (*variables, spec.resident, chunk, np.int32(0))
         # Traced before the compilation is announced, so that a bad step is found before it.
-        lowered = jax.jit(fn).lower(*arguments)
+        options = session.options.compiler_options
+        lowered = jax.jit(fn, compiler_options=options).lower(*arguments)
         of_rows = title if is_whole else f"{title} for the last {rows} rows"
         return session.compile(of_rows, lowered.compile)
 

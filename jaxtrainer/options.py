@@ -37,6 +37,7 @@ class Options:
     precision: Precision
     mesh: Mapping[str, int] | Mesh | None
     steps_per_dispatch: int | str
+    deterministic: bool
     cache_dir: Path | None
     data_timeout_s: float | None
     clock: Clock
@@ -55,6 +56,8 @@ class Options:
         if check_count("seed", self.seed, 0) >= 2**32:
             raise ConfigError(f"seed must be below 2**32, got {self.seed!r}.")
         check_steps_per_dispatch(self.steps_per_dispatch)
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}.")
         if self.clip_value is not None and not _is_positive(self.clip_value):
             raise ConfigError(
                 f"gradient_clip_val must be a number above 0, or None for no clipping, got "
@@ -64,6 +67,11 @@ class Options:
             raise ConfigError(
                 f"gradient_clip_algorithm={self.clip_algorithm!r}: use 'norm' or 'value'."
             )
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options of XLA for the steps; those of a backend that is not used do nothing."""
+        return {"xla_gpu_deterministic_ops": True} if self.deterministic else {}
 
 
 def _check_epochs(every_n_epochs: Any, interval: Any) -> None:

@@ -76,6 +76,9 @@ class Trainer:
         steps_per_dispatch: Steps that one call of the compiled program runs at most, or
             `"auto"`: found by measurement at the start, so that two processes may differ in it,
             and with some models in the last bits then. A resumed run keeps what it had.
+        deterministic: The same program gives the same bits in every process: nothing is chosen by
+            measurement (`steps_per_dispatch="auto"` is 1), and on a GPU XLA uses deterministic
+            operations only, which may be slower. On a CPU they always are.
         enable_progress_bar: Show a `ProgressBar`, unless `callbacks` has one.
         compilation_cache: Directory of the cache of compiled programs; None for the default one
             in the user's cache directory, False for none.
@@ -121,6 +124,7 @@ class Trainer:
         precision: str = "32-true",
         mesh: Mapping[str, int] | Mesh | None = None,
         steps_per_dispatch: int | Literal["auto"] = "auto",
+        deterministic: bool = False,
         enable_progress_bar: bool = True,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
@@ -136,6 +140,8 @@ class Trainer:
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
             overfit_batches = None
+        if deterministic and steps_per_dispatch == "auto":
+            steps_per_dispatch = 1
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,
@@ -169,6 +175,7 @@ class Trainer:
             precision=parse_precision(precision),
             mesh=mesh,
             steps_per_dispatch=steps_per_dispatch,
+            deterministic=deterministic,
             cache_dir=_cache_dir(compilation_cache),
             data_timeout_s=None if data_timeout is None else parse_duration(data_timeout),
             clock=clock or time.monotonic,

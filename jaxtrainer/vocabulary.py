@@ -84,8 +84,6 @@ OF_THE_TRAINER = {
     "enable_checkpointing": "Checkpoints are made by a `Checkpoint` in `callbacks`, if any.",
     "enable_model_summary": "Pass `callbacks=[ModelSummary()]`.",
     "enable_autolog_hparams": "Hyper-parameters are the module's attributes; nothing is logged.",
-    "deterministic": "The same seed, mesh and `steps_per_dispatch` give the same bits on CPU; for "
-    "a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true.",
     "benchmark": "XLA chooses its kernels when it compiles.",
     "inference_mode": "Evaluation takes no gradients, so that nothing is kept for them.",
     "use_distributed_sampler": "Loaders are sharded by `data.from_arrays(shard=...)` or by Grain.",

@@ -12,10 +12,13 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from jaxtrainer.errors import ConfigError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +95,34 @@ def test_global_random_state_is_left_alone():
     before = random.getstate(), repr(np.random.get_state())
     tiny.fit(max_steps=1)
     assert (random.getstate(), repr(np.random.get_state())) == before
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_run_measures_nothing(deterministic: bool):
+    module = tiny.Tiny()
+    tiny.fit(module=module, max_epochs=1, steps_per_dispatch="auto", deterministic=deterministic)
+    assert module.run is not None
+    measured = any("a dispatch" in line for line in module.run.notices)
+    assert measured is not deterministic
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_steps_are_compiled_with_deterministic_operations(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[Any] = []
+    jit = jax.jit
+
+    def noting(fn: Any, *args: Any, **options: Any) -> Any:
+        given.append(options.get("compiler_options"))
+        return jit(fn, *args, **options)
+
+    monkeypatch.setattr(jax, "jit", noting)
+    tiny.fit(val_loader=tiny.make_loader(), max_epochs=1, deterministic=deterministic)
+    # The training step and the validation step.
+    assert given.count({"xla_gpu_deterministic_ops": True}) == 2 * deterministic
+
+
+def test_deterministic_takes_a_truth_value_only():
+    with pytest.raises(ConfigError, match="deterministic must be True or False, got 'warn'"):
+        tiny.make_trainer(max_epochs=1, deterministic="warn")
