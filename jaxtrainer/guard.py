@@ -24,6 +24,9 @@ _HIGH, _LOW = "train/_frozen_high", "train/_frozen_low"
 _SPLIT = 1 << 20
 """A row is float32, exact up to 2**24 only: the index of a batch travels in two parts."""
 
+_ON_HOST_BYTES = 16 << 20
+"""Size up to which an array is looked at on the host."""
+
 _MEMORY = 0.01
 """Least weight of a new norm in the running mean: it remembers some hundred batches."""
 
@@ -218,9 +221,11 @@ def unfit(state: TrainState) -> str:
     """
     if state.guard and (frozen := int(state.guard["frozen"])):
         return f"batch {frozen - 1} of the run is not finite, and nothing was trained since"
-    flags = [(name, _is_good(leaf, allows_inf)) for name, leaf, allows_inf in _leaves(state)]
-    for _, flag in flags:
-        flag.copy_to_host_async()
+    leaves = [*_leaves(state)]
+    for _, leaf, _ in leaves:
+        if _is_small(leaf):
+            leaf.copy_to_host_async()
+    flags = [(name, _is_good(leaf, allows_inf)) for name, leaf, allows_inf in leaves]
     bad = [name for name, flag in flags if not np.asarray(flag)]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"{', '.join(bad[:3])}{more} not finite" if bad else ""
@@ -241,7 +246,19 @@ def _leaves(state: TrainState) -> Iterator[tuple[str, Any, bool]]:
                 yield f"{part}/{name}", leaf, part not in ("params", "averaged")
 
 
-# Leaf by leaf: models have few shapes, and so little to compile.
+def _is_small(leaf: Array) -> bool:
+    return leaf.is_fully_addressable and leaf.nbytes <= _ON_HOST_BYTES
+
+
+def _is_good(leaf: Array, allows_inf: bool) -> Any:
+    # A save takes small ones to the host anyway, and there is nothing to compile for them.
+    if not _is_small(leaf):
+        return _is_good_on_device(leaf, allows_inf)
+    host = np.asarray(leaf)
+    return not np.isnan(host).any() if allows_inf else np.isfinite(host).all()
+
+
+# Leaf by leaf: models have few shapes of large arrays, and so little to compile.
 @functools.partial(jax.jit, static_argnums=1)
-def _is_good(leaf: Array, allows_inf: bool) -> Array:
+def _is_good_on_device(leaf: Array, allows_inf: bool) -> Array:
     return ~jnp.any(jnp.isnan(leaf)) if allows_inf else jnp.all(jnp.isfinite(leaf))

@@ -269,7 +269,12 @@ def test_two_guards_are_refused():
         tiny.fit(callbacks=[NonFinite(), NonFinite("skip")], max_epochs=1)
 
 
-def test_state_that_is_not_finite_is_never_saved(tmp_path: Path):
+@pytest.mark.parametrize("on_host", [True, False])
+def test_state_that_is_not_finite_is_never_saved(
+    on_host: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if not on_host:
+        monkeypatch.setattr("jaxtrainer.guard._ON_HOST_BYTES", 0)
     saver = Checkpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     seen = Notices()
     result, _ = tiny.fit(batches_with((5,)), callbacks=[saver, seen], max_epochs=2)
