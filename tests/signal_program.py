@@ -6,6 +6,7 @@ that one process answers for a whole row of the matrix. With `--leave` the excep
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -201,7 +202,9 @@ class Program:
 
         class Compiles(At):
             def on_compile_start(self, run: Run, name: str) -> None:
-                print("PHASE compiler", flush=True)
+                # Said from another thread, when this one is in there.
+                told = functools.partial(print, "PHASE compiler", flush=True)
+                threading.Timer(1.0, told).start()
                 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 
         return self.fit(at=Compiles("compiler"))
