@@ -5,6 +5,7 @@ Everything here happens once a call, before its loop starts.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -18,7 +19,13 @@ from jaxtrainer.checkpoint import check_state, restore_state
 from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_of
 from jaxtrainer.dispatch import Dispatch, DispatchChoice, chunk_capacity
 from jaxtrainer.errors import ConfigError, did_you_mean
-from jaxtrainer.evaluation import check_first_batch, eval_plan, step_options, totals_spec
+from jaxtrainer.evaluation import (
+    check_first_batch,
+    eval_plan,
+    same_series,
+    step_options,
+    totals_spec,
+)
 from jaxtrainer.feed import Feed, FeedSpec
 from jaxtrainer.guard import Guard
 from jaxtrainer.loaders import loaders_by_name, series_of_loader
@@ -35,15 +42,19 @@ from jaxtrainer.programs import (
     chunk_spec,
     control_spec,
     shardings,
+    spec_in_chunk,
+    specs_of_chunk,
     trim_memory,
 )
 from jaxtrainer.replay import Replay
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
+from jaxtrainer.shapes import ByShape, described
 from jaxtrainer.sharding import on_mesh, place, replicated
 from jaxtrainer.shortage import Shortage
 from jaxtrainer.state import TrainState, flat_items, size_of
 from jaxtrainer.step import Program, build_train_step
+from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, UpdateHook
 from jaxtrainer.validation import build_schedule
 
@@ -58,6 +69,7 @@ class TracedStep:
         arguments: Specs of the program's arguments.
         counts_epochs: Whether an optimiser or averaging starts at an epoch: the step must know it.
         rows: Samples of a batch.
+        spec: What the feed hands to it.
         trained: Names of the parameters that an optimiser changes.
         options: What it was traced from.
         optimizer: How gradients become updates.
@@ -92,9 +104,12 @@ class TracedStep:
         without_totals = on_mesh(shapes, session.mesh)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
         self.options = step_options(session, spec, transform, capacity)
-        batch = batch_spec(spec, session.mesh, spec.rows)
-        of_step = self.options, optimizer, without_totals, batch, averaging, guard
-        self.program = build_train_step(*of_step)
+        of_step = self.options, optimizer, without_totals
+        self._build = functools.partial(
+            build_train_step, *of_step, averaging=averaging, guard=guard
+        )
+        self.spec = spec
+        self.program = self._build(batch_spec(spec, session.mesh, spec.rows))
         self.target = without_totals._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
@@ -123,6 +138,23 @@ class TracedStep:
             modules=session.initializer.adapter.types,
         )
 
+    def for_chunk(self, session: Session, chunk: PyTree) -> TracedStep:
+        """Return the step for batches of another shape, with the same state and series.
+
+        Args:
+            session: As it was made with.
+            chunk: A chunk of such batches, on the devices.
+        """
+        other = copy.copy(self)
+        batch = spec_in_chunk(chunk, session.mesh)
+        other.rows = num_rows(batch, "the batch")
+        other.spec = replace(self.spec, batch=batch, fed=batch, rows=other.rows)
+        other.program = self._build(batch)
+        same_series(self.program, other.program, "train step")
+        state, resident, _, control = self.arguments
+        other.arguments = state, resident, specs_of_chunk(chunk), control
+        return other
+
     def lower(self, fn: Callable[..., Any]) -> Any:
         """Lower a form of the program, with its state donated."""
         return self._jit(fn).lower(*self.arguments)
@@ -132,7 +164,12 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     """Return what the training loop drives, its state restored or initialised."""
     run, options, hooks = session.run, session.options, session.hooks
     feed = session.train_feed(train_loader)
-    capacity = chunk_capacity(options.steps_per_dispatch, feed.spec.fed, run.num_batches)
+    capacity = chunk_capacity(
+        options.steps_per_dispatch,
+        feed.spec.fed,
+        run.num_batches,
+        is_mixed=feed.shapes is not None,
+    )
     if session.record is not None:
         capacity = session.record["program"]["capacity"]
     guard = hooks.guard(run)
@@ -141,7 +178,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         return TracedStep(session, spec, device_transform_of(train_loader), capacity, guard)
 
     step = build(session, feed.spec, capacity)
-    session.advise = Shortage(session, feed.spec, run.accumulate, build).notes
+    session.advise = Shortage(session, step.spec, run.accumulate, build).notes
     run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals
     run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}
@@ -167,7 +204,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         run.examine = Replay(session, feed, *kind).examine
     hooks.on_fit_start(run)
     plan = FitPlan(
-        step=dispatch.step,
+        step=_by_shape(session, step, feed, dispatch, build),
         totals=totals,
         resident=feed.resident,
         feed=feed.start(dispatch.capacity),
@@ -187,6 +224,39 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     if evaluation is not None and session.record is None:
         _sanity_check(session, evaluation)
     return plan
+
+
+def _by_shape(
+    session: Session, step: TracedStep, feed: Feed, dispatch: Dispatch, build: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return the compiled step, or one for each shape where the batches may have several."""
+    if feed.shapes is None:
+        return dispatch.step
+    run, form = session.run, "fused" if dispatch.fused else "single"
+    largest = step.spec
+
+    def compile_for(chunk: PyTree) -> Callable[..., Any]:
+        nonlocal largest
+        began = run.clock()
+        # What a hook has changed since would be in one program, and not in the others.
+        refuse_stale(session.module)
+        other = step.for_chunk(session, chunk)
+        largest = max(largest, other.spec, key=lambda spec: size_of(spec.fed)[1])
+        session.advise = Shortage(session, largest, run.accumulate, build).notes
+        compiled = compile_form(session, other, form, "train step")
+        # The loop counts the whole call as dispatch.
+        run.timings.seconds["dispatch"] -= run.clock() - began
+        return compiled
+
+    return ByShape(step.arguments[2], dispatch.step, compile_for)
+
+
+def compile_form(session: Session, step: TracedStep, form: str, title: str) -> Callable[..., Any]:
+    """Compile the `"fused"` or `"single"` form of the step for batches of another shape."""
+    title = f"{title} for {described(step.spec.batch)}"
+    compiled = session.compile(title, lambda: step.lower(getattr(step.program, form)).compile())
+    trim_memory()
+    return compiled
 
 
 def step_plan(session: Session, batch: Any) -> Plan:

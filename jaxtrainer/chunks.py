@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,8 @@ from jaxtrainer.data import (
     spec_of,
 )
 from jaxtrainer.errors import BatchSpecError, DataError
+from jaxtrainer.remedies import ALLOW
+from jaxtrainer.shapes import Shape, Shapes, shape_of
 from jaxtrainer.types import PyTree
 from jaxtrainer.workers import close_iterator, why_empty
 
@@ -38,6 +40,7 @@ class HostChunk(NamedTuple):
         rows: Samples of each.
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
+        shape: Of a batch, where a loader may have several and it is not cut short.
     """
 
     tree: PyTree
@@ -45,6 +48,7 @@ class HostChunk(NamedTuple):
     rows: int
     is_last: bool
     states: list[Any]
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +60,17 @@ class ReadOptions:
         limit: At most this many batches an epoch.
         keep_ragged: Hand out a last batch with fewer rows (evaluation) or leave it out
             (training, where it would cost a second compilation and an uneven step).
+        max_recompiles: Other shapes than the first one that batches may have.
+        shapes: Those that a run which is resumed has used.
+        check_rows: Raises for a number of rows that cannot be run, of such batches.
     """
 
     stage: str
     limit: int | None = None
     keep_ragged: bool = False
+    max_recompiles: int = 0
+    shapes: Sequence[Any] = ()
+    check_rows: Callable[[int], None] = lambda rows: None
 
     def name_of(self, batch_idx: int, epoch: int) -> str:
         """Return what a batch is called in messages."""
@@ -77,6 +87,7 @@ class Chunks(Protocol):
         num_batches: Batches an epoch, if known.
         ragged_rows: Samples of a last batch that is left out, as far as known.
         options: How the loader is read.
+        shapes: What shapes the batches may have; None if all have that of `first`.
         reading: Which batch is being read, for messages.
     """
 
@@ -85,6 +96,7 @@ class Chunks(Protocol):
     rows: int
     ragged_rows: int
     options: ReadOptions
+    shapes: Shapes | None
     reading: str
 
     @property
@@ -117,6 +129,7 @@ class IndexedChunks:
     def __init__(self, source: IndexedSource, options: ReadOptions, *, gathers: bool) -> None:
         self.options = options
         self.reading = f"a {options.stage} batch"
+        self.shapes: Shapes | None = None
         self.gathers = gathers
         self._loader = source.loader
         self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
@@ -208,6 +221,9 @@ class StackedChunks:
         self.first = as_host_batch(first[0], where)
         self.spec = spec_of(self.first)
         self.rows = num_rows(self.first, where)
+        self.shapes: Shapes | None = None
+        if options.max_recompiles:
+            self.shapes = Shapes(self.spec, options.max_recompiles, options.shapes)
 
     @property
     def num_batches(self) -> int | None:
@@ -239,7 +255,7 @@ class StackedChunks:
             is_failed = isinstance(read, _Failed)
             # Training takes what was read before an error: it is saved, and resumed, from there.
             takes_rest = not (is_failed and self.options.keep_ragged)
-            if group and takes_rest and (is_failed or read.rows != self.rows):
+            if group and takes_rest and (is_failed or not read.is_like(group[0])):
                 yield self._chunk(group, capacity, is_last=False)
                 group = []
             if is_failed:
@@ -254,11 +270,20 @@ class StackedChunks:
             if isinstance(read, _Failed):
                 yield read
                 return
+            if self.shapes is not None:
+                where = self.options.name_of(start + i, epoch)
+                is_cut = is_last and self.options.keep_ragged and self.shapes.is_cut(read.shape)
+                if not is_cut and (error := self.shapes.refuse(read.shape, where)):
+                    yield _Failed(error)
+                    return
+                yield read._replace(is_whole=not is_cut)
+                continue
             if read.rows != self.rows and not is_last:
                 yield _Failed(
                     BatchSpecError(
                         f"{self.options.name_of(start + i, epoch)} has {read.rows} rows, expected "
-                        f"{self.rows}; only the last batch of an epoch may be smaller."
+                        f"{self.rows}; only the last batch of an epoch may be smaller. Use one "
+                        f"batch size, or {ALLOW}."
                     )
                 )
                 return
@@ -276,26 +301,43 @@ class StackedChunks:
         try:
             for i, (batch, after) in enumerate(itertools.islice(batches, limit), start):
                 host = as_host_batch(batch, where)
-                whole = check_spec(host, self.spec, where)
-                yield _Read(host, self.rows if whole else num_rows(host, where), after)
+                yield self._read(host, after, where)
                 self.reading = where = self.options.name_of(i + 1, epoch)
         except Exception as error:
             # An item like the others: generators that read ahead would lose what they hold.
             yield _Failed(_noted(error, where))
         self.close()
 
+    def _read(self, batch: PyTree, state: Any, where: str) -> _Read:
+        if self.shapes is None:
+            is_whole = check_spec(batch, self.spec, where)
+            rows = self.rows if is_whole else num_rows(batch, where)
+            return _Read(batch, rows, state, is_whole=is_whole)
+        rows = self.shapes.check(batch, where)
+        self.options.check_rows(rows)
+        return _Read(batch, rows, state, shape_of(batch))
+
     def _chunk(self, group: list[_Read], capacity: int, *, is_last: bool) -> HostChunk:
-        rows = group[0].rows
-        capacity = capacity if rows == self.rows else 1
+        first = group[0]
+        capacity = capacity if first.is_whole else 1
         batches = [read.batch for read in group]
         tree = jax.tree.map(lambda *leaves: _stack(leaves, capacity), *batches)
-        return HostChunk(tree, len(group), rows, is_last, [read.state for read in group])
+        states = [read.state for read in group]
+        shape = first.shape if first.shape and first.is_whole else None
+        return HostChunk(tree, len(group), first.rows, is_last, states, shape)
 
 
 class _Read(NamedTuple):
+    """A batch that was read; `shape` only where the loader's batches may have several."""
+
     batch: PyTree
     rows: int
     state: Any
+    shape: Shape = ()
+    is_whole: bool = True
+
+    def is_like(self, other: _Read) -> bool:
+        return self.rows == other.rows and self.shape == other.shape
 
 
 class _Failed(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxtrainer.errors import BatchSpecError, CheckpointMismatchError, DataError
-from jaxtrainer.remedies import is_shorter, remedy
+from jaxtrainer.remedies import allowance, is_shorter, remedy
 from jaxtrainer.types import IndexedLoader, PyTree, StatefulIterator
 from jaxtrainer.workers import close_iterator, failing_records, why_empty, why_forked
 
@@ -358,7 +358,7 @@ def check_spec(batch: PyTree, spec: PyTree, where: str) -> bool:
         )
         raise BatchSpecError(
             f"{where} differs from the first batch, and the step is compiled for batches like "
-            f"that one:\n{leaves}"
+            f"that one:\n{leaves}{allowance(x[1:] for x in wrong)}"
         )
     return False
 

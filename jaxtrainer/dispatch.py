@@ -62,14 +62,24 @@ class Dispatch:
 
 
 def chunk_capacity(
-    wanted: int | str, fed: PyTree, num_batches: int | None, most: int = MAX_STEPS
+    wanted: int | str,
+    fed: PyTree,
+    num_batches: int | None,
+    most: int = MAX_STEPS,
+    *,
+    is_mixed: bool = False,
 ) -> int:
-    """Return how many batches the feed stacks to a chunk: bounded in bytes and by the epoch."""
+    """Return how many batches the feed stacks to a chunk: bounded in bytes and by the epoch.
+
+    Where batches of several shapes are mixed, few chunks are full, and all travel whole.
+    """
     if isinstance(wanted, int) and wanted > 1:
         return wanted
     size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(fed))
+    most = min(most, MAX_STEPS // 4) if is_mixed else most
     most = most if size * most <= SMALL_CHUNK_BYTES else min(most, MAX_STEPS // 4)
-    bounds = [most, max(1, CHUNK_BYTES // max(size, 1))]
+    most_bytes = SMALL_CHUNK_BYTES if is_mixed else CHUNK_BYTES
+    bounds = [most, max(1, most_bytes // max(size, 1))]
     return min([*bounds, num_batches] if num_batches else bounds)
 
 

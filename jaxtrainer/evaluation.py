@@ -5,23 +5,31 @@ Several loaders whose batches are alike share one program. May import levels 0 t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, final
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrainer.checks import loader_arguments
 from jaxtrainer.data import device_transform_of
 from jaxtrainer.dispatch import chunk_capacity
-from jaxtrainer.feed import Feed, FeedSpec
+from jaxtrainer.errors import LogError
+from jaxtrainer.feed import Chunk, Feed, FeedSpec
 from jaxtrainer.loaders import loaders_by_name, totals_of_loader
 from jaxtrainer.loops.evaluate import EvalLoader, EvalPlan
 from jaxtrainer.loops.predict import PredictLoader, PredictPlan, predict
 from jaxtrainer.metrics import MetricSpec
-from jaxtrainer.programs import batch_spec, chunk_spec, control_spec
+from jaxtrainer.programs import (
+    batch_spec,
+    chunk_spec,
+    control_spec,
+    spec_in_chunk,
+    specs_of_chunk,
+)
 from jaxtrainer.session import Session
+from jaxtrainer.shapes import Shape, described, shape_of
 from jaxtrainer.sharding import replicated
 from jaxtrainer.step import Program, StepOptions, build_eval_step, build_predict_step
 from jaxtrainer.types import PyTree, Stage
@@ -55,7 +63,9 @@ def _eval_loader(
     arguments = loader_arguments(session.module, stage, name)
     feed, transform = session.feed(loader, stage, name), device_transform_of(loader)
     wanted = session.options.steps_per_dispatch
-    capacity = chunk_capacity(wanted, feed.spec.fed, feed.num_batches, _MAX_STEPS)
+    is_mixed = feed.shapes is not None
+    size = feed.spec.fed, feed.num_batches, _MAX_STEPS
+    capacity = chunk_capacity(wanted, *size, is_mixed=is_mixed)
     options = step_options(session, feed.spec, transform, capacity, arguments)
     # Batches that look alike to the trace are run by one program, unless it knows the loader.
     specs = (feed.spec.batch, feed.spec.fed, feed.spec.resident)
@@ -76,7 +86,9 @@ def _eval_loader(
 
 @final
 class EvaluationStep:
-    """The evaluation step for batches of one spec: traced at once, compiled on first use.
+    """The evaluation step for a spec of batches: traced at once, compiled on first use.
+
+    For batches of other shapes, or with fewer rows, it is traced and compiled as they come.
 
     Attributes:
         capacity: Batches a chunk holds.
@@ -94,49 +106,52 @@ class EvaluationStep:
         self._stage: Stage = stage
         self._title = f"{stage} step" if name is None else f"{stage} step of {name!r}"
         self._variables = session.variable_specs
-        self._compiled: dict[int, Callable[..., Any]] = {}
-        self.whole = self._build(spec.rows)
+        self._compiled: dict[Shape, Callable[..., Any]] = {}
+        self._first = shape_of(chunk_spec(spec, session.mesh, spec.rows, self.capacity))
+        self.whole = self._build(batch_spec(spec, session.mesh, spec.rows))
 
     @property
     def specs(self) -> tuple[MetricSpec, ...]:
         """What the step logs, by the names that it uses."""
         return self.whole.specs
 
-    def for_rows(self, rows: int) -> Callable[..., Any]:
-        """Return the program for batches of that many rows."""
-        if rows not in self._compiled:
-            self._compiled[rows] = self._compile(rows)
-        return self._compiled[rows]
+    def for_chunk(self, chunk: Chunk) -> Callable[..., Any]:
+        """Return the program for chunks of that shape."""
+        shape = shape_of(chunk.tree)
+        if shape not in self._compiled:
+            self._compiled[shape] = self._compile(chunk, is_first=shape == self._first)
+        return self._compiled[shape]
 
-    def control(self, rows: int) -> np.ndarray:
-        """Return an empty control vector for such batches."""
-        return np.zeros(control_spec(self._batches(rows), self._session.mesh).shape, np.int32)
+    def control(self, chunk: Chunk) -> np.ndarray:
+        """Return an empty control vector for such chunks."""
+        return np.zeros(control_spec(chunk.capacity, self._session.mesh).shape, np.int32)
 
-    def _batches(self, rows: int) -> int:
-        return self.capacity if rows == self._spec.rows else 1
-
-    def _build(self, rows: int) -> Program:
-        batch = batch_spec(self._spec, self._session.mesh, rows)
+    def _build(self, batch: PyTree) -> Program:
         return build_eval_step(self._options, self._stage, *self._variables, batch)
 
-    def _compile(self, rows: int) -> Callable[..., Any]:
-        mesh, is_whole, batches = self._session.mesh, rows == self._spec.rows, self._batches(rows)
-        program = self.whole if is_whole else self._build(rows)
+    def _for_batches_in(self, chunk: Chunk) -> Program:
+        program = self._build(spec_of_batch(self._spec, self._session.mesh, chunk))
+        same_series(self.whole, program, self._title)
+        return program
+
+    def _compile(self, chunk: Chunk, *, is_first: bool) -> Callable[..., Any]:
+        mesh = self._session.mesh
+        program = self.whole if is_first else self._for_batches_in(chunk)
         arguments = (
             *self._variables,
             totals_spec(self._session, program),
             self._spec.resident,
-            chunk_spec(self._spec, mesh, rows, batches),
-            control_spec(batches, mesh),
+            specs_of_chunk(chunk.tree),
+            control_spec(chunk.capacity, mesh),
         )
-        fn = program.fused if self.fused and is_whole else program.single
+        fn = program.fused if self.fused and chunk.capacity > 1 else program.single
         jitted = jax.jit(
             fn,
             donate_argnums=2,
             out_shardings=replicated(mesh),
             compiler_options=self._session.options.compiler_options,
         )
-        title = self._title if is_whole else f"{self._title} for the last {rows} rows"
+        title = self._title if is_first else of_chunk(self._title, self._spec, chunk)
         return self._session.compile(title, lambda: jitted.lower(*arguments).compile())
 
 
@@ -173,24 +188,52 @@ def _predict_loader(
         device_transform_of(loader),
     )
     spec = feed.spec
-    capacity = chunk_capacity("auto", spec.fed, feed.num_batches, _MAX_STEPS)
+    size = spec.fed, feed.num_batches, _MAX_STEPS
+    capacity = chunk_capacity("auto", *size, is_mixed=feed.shapes is not None)
     fn = build_predict_step(step_options(session, spec, transform, capacity, arguments))
     title = "predict step" if name is None else f"predict step of {name!r}"
 
-    @functools.cache
-    def step_for(rows: int) -> Callable[..., Any]:
-        is_whole = rows == feed.rows
-        chunk = chunk_spec(spec, mesh, rows, capacity if is_whole else 1)
-        arguments = (*variables, spec.resident, chunk, np.int32(0))
-        # Traced before the compilation is announced, so that a bad step is found before it.
-        options = session.options.compiler_options
-        lowered = jax.jit(fn, compiler_options=options).lower(*arguments)
-        of_rows = title if is_whole else f"{title} for the last {rows} rows"
-        return session.compile(of_rows, lowered.compile)
+    first = shape_of(chunk_spec(spec, mesh, spec.rows, capacity))
+    compiled: dict[Shape, Callable[..., Any]] = {}
+
+    def step_for(chunk: Chunk) -> Callable[..., Any]:
+        shape = shape_of(chunk.tree)
+        if shape not in compiled:
+            arguments = (*variables, spec.resident, specs_of_chunk(chunk.tree), np.int32(0))
+            # Traced before the compilation is announced, so that a bad step is found before it.
+            options = session.options.compiler_options
+            lowered = jax.jit(fn, compiler_options=options).lower(*arguments)
+            of_shape = title if shape == first else of_chunk(title, spec, chunk)
+            compiled[shape] = session.compile(of_shape, lowered.compile)
+        return compiled[shape]
 
     return PredictLoader(
         name=name, step_for=step_for, resident=feed.resident, feed=feed, capacity=capacity
     )
+
+
+def of_chunk(title: str, spec: FeedSpec, chunk: Chunk) -> str:
+    """Return the title of a program for chunks unlike the first, whose spec is given."""
+    if chunk.shape is None:
+        return f"{title} for the last {chunk.rows} rows"
+    return f"{title} for {described(spec.batch, chunk.shape)}"
+
+
+def spec_of_batch(spec: FeedSpec, mesh: Mesh, chunk: Chunk) -> PyTree:
+    """Return the spec of a chunk's batches, as the device transform gets them."""
+    if spec.resident is not None:
+        return batch_spec(spec, mesh, chunk.rows)
+    return spec_in_chunk(chunk.tree, mesh)
+
+
+def same_series(first: Program, other: Program, title: str) -> None:
+    """Raise LogError unless a step logs the same for batches of another shape."""
+    if first.specs != other.specs:
+        logged = (", ".join(spec.name for spec in p.specs) or "nothing" for p in (first, other))
+        raise LogError(
+            "{}: for batches of the first shape it logs {}, for those of another shape {}; log "
+            "the same series, in the same order, for every shape.".format(title, *logged)
+        )
 
 
 def step_options(

@@ -9,7 +9,7 @@ import copy
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
+from jaxtrainer.shapes import Shape, Shapes
 from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
 from jaxtrainer.waiting import Patience
@@ -43,6 +44,7 @@ class Chunk:
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
         was_throttled: Whether the feed had to wait for the device, not for the loader.
+        shape: Of a batch, where a loader may have several and it is not cut short.
     """
 
     tree: PyTree
@@ -51,6 +53,12 @@ class Chunk:
     is_last: bool
     states: list[Any]
     was_throttled: bool
+    shape: Shape | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Batches that it has room for."""
+        return jax.tree.leaves(self.tree)[0].shape[0]
 
 
 @dataclass(kw_only=True)
@@ -81,6 +89,7 @@ class Feed:
         start: First batch of the first epoch.
         state: State of the loader at that batch, if it has one.
         patience: How long to wait for the loader.
+        tell: Takes a line for the user, of a shape of batches that is new.
 
     Attributes:
         spec: What the step will get.
@@ -102,10 +111,12 @@ class Feed:
         start: int = 0,
         state: Any = None,
         patience: Patience | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.source = source
         self.mesh = mesh
         self._patience = patience or Patience()
+        self._tell = tell
         self._is_lockstep = is_lockstep(mesh)
         self._epochs = iter(epochs)
         self._first_epoch = next(self._epochs)
@@ -160,6 +171,11 @@ class Feed:
         """Samples of a last batch that is not whole, as far as known."""
         return self._chunks.ragged_rows
 
+    @property
+    def shapes(self) -> Shapes | None:
+        """What shapes the batches may have; None if it is one."""
+        return self._chunks.shapes
+
     def again(self, limit: int | None = None) -> Feed:
         """Return a feed of the same epoch from its start, with the same arrays on the device."""
         feed = copy.copy(self)
@@ -196,6 +212,8 @@ class Feed:
                 if patience.gives_up():
                     return
                 raise item
+            if item.shape is not None and self.shapes is not None:
+                self.shapes.use(item.shape, self._tell)
             yield item
 
     def dispatched(self, token: jax.Array) -> None:
@@ -258,6 +276,7 @@ class Feed:
             is_last=host.is_last,
             states=host.states,
             was_throttled=throttled,
+            shape=host.shape,
         )
         self._waits_for_device = False
         return chunk

@@ -38,6 +38,7 @@ class Options:
     mesh: Mapping[str, int] | Mesh | None
     steps_per_dispatch: int | str
     deterministic: bool
+    max_recompiles: int
     cache_dir: Path | None
     data_timeout_s: float | None
     clock: Clock
@@ -58,6 +59,7 @@ class Options:
         check_steps_per_dispatch(self.steps_per_dispatch)
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}.")
+        check_count("max_recompiles", self.max_recompiles, 0)
         if self.clip_value is not None and not _is_positive(self.clip_value):
             raise ConfigError(
                 f"gradient_clip_val must be a number above 0, or None for no clipping, got "

@@ -114,6 +114,19 @@ def batch_spec(spec: FeedSpec, mesh: Mesh, rows: int) -> PyTree:
     return on_mesh(batch, mesh)
 
 
+def specs_of_chunk(chunk: PyTree) -> PyTree:
+    """Return the specs of a chunk that is on the devices."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), chunk
+    )
+
+
+def spec_in_chunk(chunk: PyTree, mesh: Mesh) -> PyTree:
+    """Return the spec of one batch of a chunk that holds the batches themselves."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
+    return on_mesh(batch, mesh)
+
+
 def control_spec(capacity: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Return the spec of the control vector."""
     return jax.ShapeDtypeStruct((APPLY + capacity,), np.int32, sharding=replicated(mesh))

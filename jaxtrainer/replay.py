@@ -19,7 +19,7 @@ from flax import nnx
 from jax.extend.core import jaxpr_as_fun
 
 from jaxtrainer.bundle import write_bundle
-from jaxtrainer.data import IndexedSource, as_host_batch
+from jaxtrainer.data import IndexedSource, as_host_batch, num_rows
 from jaxtrainer.feed import Feed
 from jaxtrainer.forensics import SCOPE, Finding, first_non_finite, names_of
 from jaxtrainer.guard import num_trained
@@ -87,6 +87,8 @@ class Replay:
             return replace(evidence, problem=problem)
 
     def _samples(self, epoch: int, batch_idx: int) -> str:
+        if self.feed.shapes is not None:
+            return f"batch {batch_idx} of the epoch, as the loader gave it"
         first = batch_idx * self.feed.rows
         if isinstance(self.feed.source, IndexedSource):
             order = self.feed.source.loader.batch_indices(self._epoch_read(epoch))
@@ -112,7 +114,8 @@ class Replay:
         # Frozen at this batch, its count is of batches after it; the key is of this one.
         frozen = int(state.guard["frozen"]) - 1
         state = state._replace(batch_count=np.int32(frozen))
-        batch = place(batch, batch_sharding(self.session.mesh, self.feed.rows, stacked=False))
+        rows = num_rows(batch, "the batch")
+        batch = place(batch, batch_sharding(self.session.mesh, rows, stacked=False))
         count = np.int32(num_trained(state))
         index = np.int32(epoch if self.counts_epochs else 0)
         arguments = (

@@ -5,10 +5,12 @@ What the loops drive is put together by `assemble.py`, from a session.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -245,7 +247,11 @@ class Session:
             **base_record(),
             "loop": {**loop, "elapsed_s": run.elapsed_s},
             "validation": {name: getattr(run, name) for name in _VALIDATION},
-            "data": {**_data_record(self._feeds[0]), "loader_state": loader_state},
+            "data": {
+                **_data_record(self._feeds[0]),
+                **_shapes_record(self._feeds[0]),
+                "loader_state": loader_state,
+            },
             "program": {
                 "fused": dispatch.fused,
                 "capacity": dispatch.capacity,
@@ -269,8 +275,17 @@ class Session:
         if isinstance(source, MapSource) and source.num_batches is None:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
-        options = ReadOptions(stage=label, limit=limit, keep_ragged=keep_ragged)
-        feed = Feed(source, options, self.mesh, patience=self._patience, **at)
+        options = ReadOptions(
+            stage=label,
+            limit=limit,
+            keep_ragged=keep_ragged,
+            max_recompiles=self.options.max_recompiles,
+        )
+        if stage == "train":
+            saved = (self.record or {}).get("data", {}).get("shapes", ())
+            check_rows = functools.partial(check_batch_size, self.mesh)
+            options = replace(options, shapes=saved, check_rows=check_rows)
+        feed = Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
         self._feeds.append(feed)
         return feed
 
@@ -374,4 +389,9 @@ def _data_record(feed: Feed) -> dict[str, Any]:
     known = {name: getattr(loader, attribute, None) for name, attribute in names.items()}
     # Of a user's loader these may be anything: only numbers say which samples there are.
     numbers = {k: int(v) if isinstance(v, int | np.integer) else None for k, v in known.items()}
-    return {"batch_size": feed.rows, **numbers}
+    rows = feed.rows if feed.shapes is None else feed.shapes.rows
+    return {"batch_size": rows, **numbers}
+
+
+def _shapes_record(feed: Feed) -> dict[str, Any]:
+    return {} if feed.shapes is None else {"shapes": feed.shapes.used}

@@ -79,6 +79,12 @@ class Trainer:
         deterministic: The same program gives the same bits in every process: nothing is chosen by
             measurement (`steps_per_dispatch="auto"` is 1), and on a GPU XLA uses deterministic
             operations only, which may be slower. On a CPU they always are.
+        max_recompiles: Shapes of batches beside the first one that a loader may have, as with
+            sequences in buckets of lengths. The step is compiled for each on first use, which is
+            reported, and a batch of one more shape ends the call with an error. 0, the default,
+            refuses any other; structure and dtypes never change. The last batch of an evaluation
+            may have fewer rows free of charge; that of training is left out with 0, and otherwise
+            trained on as a shape of its own.
         enable_progress_bar: Show a `ProgressBar`, unless `callbacks` has one.
         compilation_cache: Directory of the cache of compiled programs; None for the default one
             in the user's cache directory, False for none.
@@ -125,6 +131,7 @@ class Trainer:
         mesh: Mapping[str, int] | Mesh | None = None,
         steps_per_dispatch: int | Literal["auto"] = "auto",
         deterministic: bool = False,
+        max_recompiles: int = 0,
         enable_progress_bar: bool = True,
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
@@ -176,6 +183,7 @@ class Trainer:
             mesh=mesh,
             steps_per_dispatch=steps_per_dispatch,
             deterministic=deterministic,
+            max_recompiles=max_recompiles,
             cache_dir=_cache_dir(compilation_cache),
             data_timeout_s=None if data_timeout is None else parse_duration(data_timeout),
             clock=clock or time.monotonic,

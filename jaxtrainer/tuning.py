@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrainer.assemble import TracedStep
+from jaxtrainer.assemble import TracedStep, compile_form
 from jaxtrainer.control import APPLY, ENDS_WINDOW, STOP
 from jaxtrainer.data import device_transform_of
 from jaxtrainer.dispatch import CHUNK_BYTES
@@ -27,6 +27,7 @@ from jaxtrainer.programs import shardings
 from jaxtrainer.rate import TrialRate
 from jaxtrainer.reread import rereadable, rewind
 from jaxtrainer.session import Session
+from jaxtrainer.shapes import ByShape
 from jaxtrainer.sharding import num_data_shards, place, replicated
 from jaxtrainer.trial import TrialSpecs
 
@@ -172,6 +173,7 @@ class _RangeTest:
         """Return the loss of each optimiser step: `[steps]`, float64."""
         step, accumulate, total = self.step, self.accumulate, self.steps * self.accumulate
         program, make_state = self._compile()
+        run = ByShape(step.arguments[2], program, self._for_shape)
         totals = place(step.program.totals.initial(), replicated(self.session.mesh))
         state = make_state(*step.init_arguments)._replace(totals=totals)
         losses: list[float] = []
@@ -181,13 +183,20 @@ class _RangeTest:
             control[STOP] = count
             ends = (len(losses) + 1 + np.arange(count)) % accumulate == 0
             control[APPLY : APPLY + count] = ENDS_WINDOW * ends
-            state, rows = program(state, self.feed.resident, chunk.tree, control)
+            state, rows = run(state, self.feed.resident, chunk.tree, control)
             losses += np.asarray(rows)[:count, self._column].tolist()
             if len(losses) == total:
                 break
         means = np.array(losses).reshape(self.steps, accumulate).mean(axis=1)
         _check_updates(state.opt_state, means)
         return means
+
+    def _for_shape(self, chunk: Any) -> Any:
+        step = self.step.for_chunk(self.session, chunk)
+        try:
+            return compile_form(self.session, step, "fused", "learning rate range test")
+        finally:
+            thaw(self.session.module)
 
     def _compile(self) -> tuple[Any, Any]:
         once = self.session.initializer.compile_options()

@@ -40,6 +40,7 @@ LEVELS = {
     "jaxtrainer.remedies": 1,
     "jaxtrainer.rundir": 1,
     "jaxtrainer.run": 1,
+    "jaxtrainer.shapes": 1,
     "jaxtrainer.sharding": 1,
     "jaxtrainer.waiting": 1,
     "jaxtrainer.watch": 1,

@@ -35,11 +35,11 @@ class EvalStep(Protocol):
         """See the class."""
         ...
 
-    def for_rows(self, rows: int) -> Callable[..., Any]:
-        """Return the program for batches of that many rows; it compiles on first use."""
+    def for_chunk(self, chunk: Chunk) -> Callable[..., Any]:
+        """Return the program for chunks of that shape; it compiles on first use."""
         ...
 
-    def control(self, rows: int) -> np.ndarray:
+    def control(self, chunk: Chunk) -> np.ndarray:
         """Return an empty control vector for it."""
         ...
 
@@ -161,15 +161,16 @@ class _Pass:
         self, loader: EvalLoader, feed: Feed, chunk: Chunk, totals: Any, batch_idx: int
     ) -> Any:
         run, resident = self.run, loader.resident
-        step = loader.step.for_rows(chunk.rows)
-        fused = loader.step.fused and chunk.rows == feed.rows
+        step = loader.step.for_chunk(chunk)
+        # What is cut short comes alone.
+        fused = loader.step.fused and chunk.capacity > 1
         count = chunk.size if fused and not self.starts else 1
         for start in range(0, chunk.size, count):
             if self.starts:
                 batch = BatchView(chunk.tree, resident, start).get()
                 self.hook("batch_start")(run, batch, batch_idx + start)
             stop = min(start + count, chunk.size)
-            control = loader.step.control(chunk.rows)
+            control = loader.step.control(chunk)
             control[:2] = start, stop
             totals, rows = step(*self.variables, totals, resident, chunk.tree, control)
             feed.dispatched(rows)

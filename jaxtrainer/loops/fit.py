@@ -96,7 +96,7 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
         if chunk is None:
             # No more epochs; or a signal came while there was nothing to do but wait.
             return run.batch_idx > 0 and run.stop_reason != "interrupted"
-        start = 0
+        start, run.batch_size = 0, chunk.rows
         while start < chunk.size:
             if _wants_to_skip(run, plan, chunk, start):
                 _skip_epoch(chunk, chunks)

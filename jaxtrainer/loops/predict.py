@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrainer.feed import Feed
+from jaxtrainer.feed import Chunk, Feed
 from jaxtrainer.hooks import CallbackList
 from jaxtrainer.loops.evaluate import num_batches_of
 from jaxtrainer.loops.views import BatchView
@@ -26,14 +26,14 @@ _AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PredictLoader:
-    """One loader of a prediction; `step_for(rows)` is the compiled program for such batches.
+    """One loader of a prediction; `step_for(chunk)` is the compiled program for such chunks.
 
     Attributes:
         name: Its name, where several were given by name.
     """
 
     name: str | None
-    step_for: Callable[[int], Callable[..., Any]]
+    step_for: Callable[[Chunk], Callable[..., Any]]
     resident: PyTree
     feed: Feed
     capacity: int
@@ -73,7 +73,7 @@ def _predict_loader(
     dispatched = 0
     try:
         for chunk in feed:
-            step = loader.step_for(chunk.rows)
+            step = loader.step_for(chunk)
             for i in range(chunk.size):
                 batch = BatchView(chunk.tree, loader.resident, i)
                 if hooks.has("on_predict_batch_start"):
