@@ -178,7 +178,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         return TracedStep(session, spec, device_transform_of(train_loader), capacity, guard)
 
     step = build(session, feed.spec, capacity)
-    session.advise = Shortage(session, step.spec, run.accumulate, build).notes
+    session.advise = Shortage(session, feed.spec, run.accumulate, build).notes
     run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals
     run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}

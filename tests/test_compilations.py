@@ -93,6 +93,17 @@ def test_fit_without_ragged_batches_compiles_one_shape(log: Log):
     assert len(log.named("backend")) == 3
 
 
+def test_fit_compiles_once_for_each_shape_that_is_allowed(log: Log):
+    sizes = (8, 8, 4, 6, 4, 8, 6)
+    batches = [{k: a[:n] for k, a in tiny.make_arrays().items()} for n in sizes]
+    tiny.fit(batches, callbacks=[log], max_epochs=3, max_recompiles=2)
+    others = [f"{TRAIN} for label: int32[{n}], x: float32[{n}, 4]" for n in (4, 6)]
+    assert log.named("announced") == [TRAIN, *others]
+    assert len(log.named("backend")) == 4
+    assert log.hidden() == []
+    assert log.after_epoch(0) == []
+
+
 def test_fit_that_measures_compiles_both_forms_of_the_step(log: Log):
     tiny.fit(callbacks=[log], max_epochs=2, steps_per_dispatch="auto")
     assert log.named("announced") == [TRAIN]

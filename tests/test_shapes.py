@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtrainer import Callback, Run, data
 from jaxtrainer.callbacks import Checkpoint, LearningRateFinder, NonFinite
 from jaxtrainer.checkpoint import find_checkpoint, read_record
+from jaxtrainer.dispatch import chunk_capacity
 from jaxtrainer.errors import BatchSpecError, ConfigError, LogError, NonFiniteError
 from tests import tiny
 from tests.bad_input import assert_says, refused
@@ -90,6 +91,12 @@ def refuses(kind: type[Exception], *parts: str, **options: Any) -> Exception:
 def test_other_shape_is_refused_by_default_and_the_option_named():
     option = "or pass `Trainer(max_recompiles=3)`: up to 3 other shapes are then compiled for"
     refuses(BatchSpecError, option, loader=sequences((6, 9)), compiled=["train step"])
+
+
+def test_smaller_batch_in_the_middle_names_the_option():
+    loader = sequences((6, 6, 6), rows=(8, 5, 8))
+    parts = ("has 5 rows, expected 8", "Use one batch size, or pass `Trainer(max_recompiles=3)`")
+    refuses(BatchSpecError, *parts, loader=loader, compiled=["train step"])
 
 
 def test_option_is_not_named_where_it_does_not_help():
@@ -355,6 +362,15 @@ def test_predictions_come_in_the_order_of_batches():
     want = [np.asarray(module.model(jnp.asarray(batch["tokens"]))) for batch in loader]
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_chunks_of_mixed_shapes_are_small():
+    fed = jax.ShapeDtypeStruct((ROWS, 1000), jnp.float32)
+    assert chunk_capacity("auto", fed, None, is_mixed=False) == 32
+    # A chunk that is seldom full travels whole: 1 MiB at most.
+    wide = jax.ShapeDtypeStruct((ROWS, 8192), jnp.float32)
+    assert chunk_capacity("auto", wide, None, is_mixed=True) == 4
+    assert chunk_capacity(16, wide, None, is_mixed=True) == 16
 
 
 def test_arrays_in_memory_have_one_shape():
