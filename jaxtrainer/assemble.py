@@ -27,6 +27,7 @@ from jaxtrainer.evaluation import (
     totals_spec,
 )
 from jaxtrainer.feed import Feed, FeedSpec
+from jaxtrainer.flops import ModuleFlops, module_flops
 from jaxtrainer.guard import Guard
 from jaxtrainer.loaders import loaders_by_name, series_of_loader
 from jaxtrainer.loops.controls import Controls
@@ -41,6 +42,7 @@ from jaxtrainer.programs import (
     batch_spec,
     chunk_spec,
     control_spec,
+    named_step,
     shardings,
     spec_in_chunk,
     specs_of_chunk,
@@ -53,7 +55,7 @@ from jaxtrainer.shapes import ByShape, described
 from jaxtrainer.sharding import on_mesh, place, replicated
 from jaxtrainer.shortage import Shortage
 from jaxtrainer.state import TrainState, flat_items, size_of
-from jaxtrainer.step import Program, build_train_step
+from jaxtrainer.step import Program, StepOptions, build_train_step
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, UpdateHook
 from jaxtrainer.validation import build_schedule
@@ -109,7 +111,8 @@ class TracedStep:
             build_train_step, *of_step, averaging=averaging, guard=guard
         )
         self.spec = spec
-        self.program = self._build(batch_spec(spec, session.mesh, spec.rows))
+        self._batch = batch_spec(spec, session.mesh, spec.rows)
+        self.program = self._build(self._batch)
         self.target = without_totals._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
@@ -136,6 +139,7 @@ class TracedStep:
             num_devices=session.mesh.size,
             frozen=frozenset({name for name, _ in flat_items(self.target.params)} - self.trained),
             modules=session.initializer.adapter.types,
+            count_modules=self._counter(session.mesh.size),
         )
 
     def for_chunk(self, session: Session, chunk: PyTree) -> TracedStep:
@@ -149,11 +153,19 @@ class TracedStep:
         batch = spec_in_chunk(chunk, session.mesh)
         other.rows = num_rows(batch, "the batch")
         other.spec = replace(self.spec, batch=batch, fed=batch, rows=other.rows)
+        other._batch = batch
         other.program = self._build(batch)
         same_series(self.program, other.program, "train step")
         state, resident, _, control = self.arguments
         other.arguments = state, resident, specs_of_chunk(chunk), control
         return other
+
+    def _counter(self, num_devices: int) -> Callable[[], dict[str, ModuleFlops]]:
+        """Return what counts the operations of each module on a device; it keeps no arrays."""
+        state, count = self.target, self.target.batch_count
+        of_state = state.params, state.model_state, self._batch, state.rng, count, state.opt_state
+        given = self.options, self.optimizer, (*of_state, count)
+        return lambda: _flops_by_module(*given, num_devices)
 
     def lower(self, fn: Callable[..., Any]) -> Any:
         """Lower a form of the program, with its state donated."""
@@ -279,7 +291,10 @@ def step_plan(session: Session, batch: Any) -> Plan:
         spec, transform = replace(spec, fed=spec.batch, resident=None), device_transform_of(batch)
     try:
         step = TracedStep(session, spec, transform, 1)
-        return step.plan(session, step.lower(step.program.single).compile())
+        plan = step.plan(session, step.lower(step.program.single).compile())
+        # Counted while the module's attributes are as they were traced.
+        _ = plan.module_flops
+        return plan
     finally:
         thaw(session.module)
 
@@ -316,6 +331,24 @@ def _compile_and_init(
             return dispatch, restore_state(session.path, step.target)
     totals = place(step.program.totals.initial(), replicated(session.mesh))
     return dispatch, make_state(*step.init_arguments)._replace(totals=totals)
+
+
+def _flops_by_module(
+    options: StepOptions, optimizer: OptimizerOptions, arguments: tuple[Any, ...], num_devices: int
+) -> dict[str, ModuleFlops]:
+    module, kept = options.module, vars(options.module).get("_frozen")
+    try:
+        jaxpr, _ = named_step(options, optimizer, arguments)
+        counted = module_flops(jaxpr, options.adapter.types)
+    except Exception:
+        # A model may be anything, and the step itself has been traced: these are only figures.
+        return {}
+    finally:
+        # Which attributes may change is for the compiled step to say.
+        thaw(module)
+        if kept is not None:
+            vars(module)["_frozen"] = kept
+    return {path: flops.divided(num_devices) for path, flops in counted.items()}
 
 
 def _update_hooks(session: Session) -> tuple[UpdateHook, ...]:

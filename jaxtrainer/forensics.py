@@ -1,13 +1,12 @@
 """Where a computation first stops being finite: its jaxpr, run one operation after the other.
 
-Knows jaxprs and arrays, nothing of training. Imports nothing of the package.
+Knows jaxprs and arrays, nothing of training. May import level 1.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-SCOPE = "@"
-"""What stands around a module's path in the names of `jax.named_scope`."""
+from jaxtrainer.scopes import path_in
 
 MAX_ITERATIONS = 1000
 """Iterations up to which a loop is looked into; a longer one is one operation."""
@@ -283,14 +281,13 @@ class _Trail:
         assert step is not None
         eqn, scope = step.equation, f"{step.at.scope}/{step.equation.source_info.name_stack}"
         file, line, function = next(_frames(step.at.call or eqn), ("", 0, ""))
-        modules = re.findall(f"{SCOPE}([^{SCOPE}]*){SCOPE}", scope)
         shapes = (f"{v.aval.dtype}{list(v.aval.shape)}" for v in eqn.outvars)
         return Operation(
             primitive=eqn.primitive.name,
             file=file,
             line=line,
             function=function,
-            module=modules[-1] if modules else "",
+            module=(path_in(scope) or "").replace("/", "."),
             is_gradient="transpose(" in scope,
             shapes=", ".join(shapes),
             kind=self.kinds[index],

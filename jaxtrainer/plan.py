@@ -5,15 +5,20 @@ Figures are XLA's own cost and memory analysis. May import levels 0 to 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
+from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from jaxtrainer.display.text import format_bytes, format_count
+from jaxtrainer.flops import ModuleFlops
 from jaxtrainer.state import TrainState, flat_items, size_of
 
 
@@ -36,6 +41,7 @@ class Plan:
         shards: For each parameter its shape and the shape of its part on one device.
         frozen: Names of the parameters that no optimiser changes.
         modules: Class name of each of the model's modules by its path, as far as it has classes.
+        count_modules: Makes `module_flops`.
     """
 
     num_params: int
@@ -50,6 +56,21 @@ class Plan:
     shards: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     frozen: frozenset[str] = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
+    count_modules: Callable[[], Mapping[str, ModuleFlops]] = field(
+        default=dict, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def module_flops(self) -> Mapping[str, ModuleFlops]:
+        """Operations of a step on one device in each module, with those of the modules below it.
+
+        By path, forward and backward; of all that `training_step` does as `""`. A loop's body
+        counts as often as it runs, see `flops.module_flops`. The optimiser's update is not in it.
+        Empty where the modules cannot be told apart in a trace: they must be those of NNX.
+
+        Counted when first asked for, in a further trace of the step.
+        """
+        return self.count_modules()
 
     @property
     def arithmetic_intensity(self) -> float:
@@ -60,12 +81,28 @@ class Plan:
         """
         return self.flops / self.bytes_accessed if self.bytes_accessed else float("nan")
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         table = Table(title="plan of one training step", title_justify="left", show_header=False)
         count = format_count(self.num_params).strip()
         rows = {"parameters": f"{count} ({format_bytes(self.param_bytes)})", **self.figures()}
         for name, value in rows.items():
             table.add_row(name, value)
+        return Group(table, self._modules_table()) if self.module_flops else Group(table)
+
+    def _modules_table(self) -> Table:
+        """Return the operations of the modules next to the root, and of the others together."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        names = ("module", "type", "forward", "backward", "share")
+        for name in names:
+            table.add_column(name, justify="left" if name in names[:2] else "right", no_wrap=True)
+        whole = self.module_flops[""]
+        for path, flops in self.module_flops.items():
+            if "/" in path:
+                continue
+            cells = (f"{format_count(count)}FLOP" for count in flops)
+            share = f"{flops.total / (whole.total or 1.0):.1%}"
+            # As `Text`: rich would take brackets for markup.
+            table.add_row(*map(Text, (path or "in all", self.modules.get(path, ""), *cells, share)))
         return table
 
     def figures(self) -> dict[str, str]:
@@ -79,6 +116,11 @@ class Plan:
             "arithmetic intensity": f"{self.arithmetic_intensity:.1f} FLOP/byte",
             "peak memory of a device": format_bytes(self.peak_bytes),
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What makes them has the traced step, which cannot be pickled.
+        counted = self.module_flops
+        return {**vars(self), "module_flops": counted, "count_modules": dict}
 
     def __str__(self) -> str:
         from jaxtrainer.result import render
@@ -95,6 +137,7 @@ def plan_of(
     num_devices: int,
     frozen: frozenset[str],
     modules: Mapping[str, str],
+    count_modules: Callable[[], Mapping[str, ModuleFlops]],
 ) -> Plan:
     """Return the plan of a compiled training step.
 
@@ -106,6 +149,7 @@ def plan_of(
         num_devices: Devices of the mesh.
         frozen: Names of the parameters that no optimiser changes.
         modules: Class names of the model's modules by path.
+        count_modules: Returns the operations of a step in each module on one device.
     """
     cost = compiled.cost_analysis() or {}
     num_params, param_bytes = size_of(target.params)
@@ -126,6 +170,7 @@ def plan_of(
         shards=shards,
         frozen=frozen,
         modules=modules,
+        count_modules=count_modules,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,8 +23,10 @@ from jaxtrainer.feed import FeedSpec
 from jaxtrainer.guard import Guard, init_guard
 from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
+from jaxtrainer.scopes import NamedModules
 from jaxtrainer.sharding import batch_sharding, on_mesh, replicated
 from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
+from jaxtrainer.step import StepOptions, step_fn
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, init_opt_state
 
@@ -135,6 +138,27 @@ def control_spec(capacity: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
 def shardings(specs: PyTree) -> PyTree:
     """Return the sharding of each spec."""
     return jax.tree.map(lambda x: x.sharding, specs)
+
+
+def named_step(
+    options: StepOptions, optimizer: OptimizerOptions, arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Return the jaxpr of `step.step_fn` with the paths of the model's modules in its names.
+
+    Traced once more for that, apart from what is compiled.
+
+    Args:
+        options: What the step was traced from.
+        optimizer: How gradients become updates.
+        arguments: Of the function, or their specs.
+
+    Returns:
+        `(jaxpr, shapes)`, as `jax.make_jaxpr(fn, return_shape=True)` does.
+    """
+    adapter: Any = NamedModules(options.adapter)
+    fn, _ = step_fn(replace(options, adapter=adapter), optimizer)
+    with adapter.scopes():
+        return jax.make_jaxpr(fn, return_shape=True)(*arguments)
 
 
 def trim_memory() -> None:

@@ -5,29 +5,24 @@ Runs when training has come to a stand; the guard has kept the state as it was b
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.extend.core import jaxpr_as_fun
 
 from jaxtrainer.bundle import write_bundle
 from jaxtrainer.data import IndexedSource, as_host_batch, num_rows
 from jaxtrainer.feed import Feed
-from jaxtrainer.forensics import SCOPE, Finding, first_non_finite, names_of
+from jaxtrainer.forensics import Finding, first_non_finite, names_of
 from jaxtrainer.guard import num_trained
 from jaxtrainer.module import thaw
+from jaxtrainer.programs import named_step
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import batch_sharding, place
-from jaxtrainer.state import Adapter, Nested
-from jaxtrainer.step import StepOptions, step_fn
+from jaxtrainer.step import StepOptions
 from jaxtrainer.update import OptimizerOptions
 
 _ARGUMENTS = ("params", "model_state", "batch", "rng", "batch_count", "opt_state", "epoch")
@@ -147,12 +142,8 @@ class Replay:
         return replace(evidence, directory=directory)
 
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-        adapter = _NamedModules(self.options.adapter)
-        options = replace(self.options, adapter=adapter)
         try:
-            fn, _ = step_fn(options, self.optimizer)
-            with adapter.scopes():
-                return jax.make_jaxpr(fn, return_shape=True)(*arguments)
+            return named_step(self.options, self.optimizer, arguments)
         finally:
             thaw(self.session.module)
 
@@ -164,67 +155,6 @@ class Replay:
         jaxpr = closed.jaxpr.replace(outvars=[closed.jaxpr.outvars[i] for i in order])
         names = [asked[i] for i in order]
         return first_non_finite(closed.replace(jaxpr=jaxpr), leaves, inputs, names)
-
-
-class _NamedModules:
-    """An adapter whose models leave the paths of their modules in what is traced."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
-        self._paths: dict[int, str] = {}
-        self._alive: list[Any] = []
-        self.types = adapter.types
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapter, name)
-
-    def merge(self, params: Nested, model_state: Nested, *, training: bool) -> Any:
-        """See `Adapter.merge`."""
-        model = self._adapter.merge(params, model_state, training=training)
-        # An id is a name as long as its object lives.
-        self._alive.append(model)
-        for path, module in _modules(model):
-            self._paths[id(module)] = path
-            self._scope(type(module))
-        return model
-
-    @contextmanager
-    def scopes(self) -> Iterator[None]:
-        """Undo at the end what `merge` has done to the modules' classes."""
-        self._before: list[tuple[type, str, Any]] = []
-        try:
-            yield
-        finally:
-            for cls, name, fn in self._before:
-                setattr(cls, name, fn)
-
-    def _scope(self, module_type: type) -> None:
-        done = {(cls, name) for cls, name, _ in self._before}
-        for cls in module_type.__mro__:
-            if cls in nnx.Module.__mro__:
-                continue
-            for name, fn in list(vars(cls).items()):
-                is_public = name == "__call__" or not name.startswith("_")
-                if is_public and inspect.isfunction(fn) and (cls, name) not in done:
-                    self._before.append((cls, name, fn))
-                    setattr(cls, name, self._scoped(fn))
-
-    def _scoped(self, fn: Any) -> Any:
-        @wraps(fn)
-        def scoped(module: Any, *args: Any, **kwargs: Any) -> Any:
-            path = self._paths.get(id(module))
-            if path is None:
-                return fn(module, *args, **kwargs)
-            with jax.named_scope(f"{SCOPE}{path}{SCOPE}"):
-                return fn(module, *args, **kwargs)
-
-        return scoped
-
-
-def _modules(model: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(model, nnx.Module):
-        for path, module in nnx.iter_modules(model):
-            yield ".".join(map(str, path)) or type(module).__name__, module
 
 
 def _unused(directory: Path) -> Path:

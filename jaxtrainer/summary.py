@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ class SummaryRow:
         num_state: Other numbers: statistics, counters, PRNG keys.
         size_bytes: Bytes of both.
         device_bytes: Bytes of them on one device.
+        flops: Floating-point operations in it of a step on one device, forward and backward; None
+            where they are not known.
     """
 
     path: str
@@ -50,6 +52,7 @@ class SummaryRow:
     num_state: int
     size_bytes: int
     device_bytes: int
+    flops: float | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -104,12 +107,12 @@ class Summary:
     def _table(self, width: int) -> Table:
         columns = self._columns()
         # Where there is no room the least telling columns go, so that the others stay readable.
-        for name in ("share", "arrays"):
+        for name in ("share", "arrays", "FLOPs"):
             if _needed(columns) > width:
                 columns.pop(name)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for name in columns:
-            is_number = name in ("params", "share", "size", "per device")
+            is_number = name in ("params", "share", "FLOPs", "size", "per device")
             table.add_column(
                 name, justify="right" if is_number else "left", no_wrap=name != "arrays"
             )
@@ -126,12 +129,15 @@ class Summary:
             "arrays": [r.arrays for r in rows],
             "params": [format_count(r.num_params) for r in rows],
             "share": [f"{r.num_params / whole:.1%}" for r in rows],
+            "FLOPs": ["-" if r.flops is None else format_count(r.flops) for r in rows],
             "size": [format_bytes(r.size_bytes) for r in rows],
             "per device": [format_bytes(r.device_bytes) for r in rows],
             "trains": [r.trains for r in rows],
         }
         if not any(columns["type"]):
             columns.pop("type")
+        if all(r.flops is None for r in rows):
+            columns.pop("FLOPs")
         if all(r.device_bytes == r.size_bytes for r in rows):
             columns.pop("per device")
         return columns
@@ -154,6 +160,7 @@ def summarize(
     *,
     types: Mapping[str, str] | None = None,
     frozen: Collection[str] = (),
+    flops: Mapping[str, float] | None = None,
     figures: Mapping[str, str] | None = None,
 ) -> Summary:
     """Return what a model is made of.
@@ -164,6 +171,7 @@ def summarize(
         max_depth: Levels of modules in `rows`; -1 for all, 0 for none.
         types: Class name of each module by its path, in the order of the rows; see `module_types`.
         frozen: Names of the parameters that no optimiser changes, e.g. `"backbone/conv/kernel"`.
+        flops: Operations of each module by its path; see `SummaryRow.flops`.
         figures: Lines to show below the table, by what they are.
 
     Raises:
@@ -188,9 +196,12 @@ def summarize(
     depth = max_depth if max_depth >= 0 else 1 << 30
     order = {path: i for i, path in enumerate(types or {})}
     rows = _rows(params, state, "", depth, lambda path: order.get(path, len(order)))
-    kinds, fixed = types or {}, frozenset(frozen)
+    kinds, fixed, known = types or {}, frozenset(frozen), flops or {}
     return Summary(
-        rows=tuple(_row(path, mine, rest, kinds.get(path, ""), fixed) for path, mine, rest in rows),
+        rows=tuple(
+            replace(_row(path, mine, rest, kinds.get(path, ""), fixed), flops=known.get(path))
+            for path, mine, rest in rows
+        ),
         num_params=num_params,
         num_frozen=_num_frozen(params, "", fixed),
         num_state=num_state,

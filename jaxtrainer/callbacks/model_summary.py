@@ -16,9 +16,14 @@ class ModelSummary(Callback):
     """Print the tree of modules when `fit` starts: classes, shapes, sizes, what trains, the step.
 
     Made from the names and shapes of the state and from the compiled step: the model is not run,
-    and no array is read. Below the modules are what `Trainer.plan` says: memory, and the
-    operations of a step. Those are known for the step as a whole only: what one module takes
-    would need its inputs.
+    and no array is read. Below the modules is what `Trainer.plan` says: memory, and the operations
+    of a step.
+
+    The column FLOPs has the operations of one step in each module, forward and backward, those of
+    the modules below it included, on one device. They are counted in a trace of the step; a module
+    that is called twice has those of both calls, and what is computed outside of the modules' own
+    methods is that of the model as a whole: it is in no row. See `Plan.module_flops`. Without NNX
+    modules there is no such column.
 
     Args:
         max_depth: Levels of modules to show; -1 shows all, 0 the totals only.
@@ -51,6 +56,7 @@ class ModelSummary(Callback):
             max_depth=self.max_depth,
             types=plan.modules,
             frozen=plan.frozen,
+            flops={path: flops.total for path, flops in plan.module_flops.items()},
             figures=plan.figures(),
         )
         if jax.process_index() == 0:
