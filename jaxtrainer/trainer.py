@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Never
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxtrainer.assemble import fit_plan, step_plan
+from jaxtrainer.assemble import fit_plan
 from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
@@ -36,6 +36,7 @@ from jaxtrainer.precision import parse_precision
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits, Run
 from jaxtrainer.session import Session
+from jaxtrainer.traced import step_plan
 from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree
 from jaxtrainer.verify import Subject, Verification, compare_runs, copies_of

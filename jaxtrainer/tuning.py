@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrainer.assemble import TracedStep, compile_form
+from jaxtrainer.assemble import compile_form
 from jaxtrainer.control import APPLY, ENDS_WINDOW, STOP
 from jaxtrainer.data import device_transform_of
 from jaxtrainer.dispatch import CHUNK_BYTES
@@ -29,6 +29,7 @@ from jaxtrainer.reread import rereadable, rewind
 from jaxtrainer.session import Session
 from jaxtrainer.shapes import ByShape
 from jaxtrainer.sharding import num_data_shards, place, replicated
+from jaxtrainer.traced import TracedStep
 from jaxtrainer.trial import TrialSpecs
 
 

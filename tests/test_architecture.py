@@ -89,6 +89,7 @@ LEVELS = {
     "jaxtrainer.pretrained": 6,
     "jaxtrainer.session": 6,
     "jaxtrainer.testing": 6,
+    "jaxtrainer.traced": 6,
     "jaxtrainer.trainer": 6,
     "jaxtrainer.tuning": 6,
     "jaxtrainer.verify": 6,
