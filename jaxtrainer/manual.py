@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from jaxtrainer.errors import ConfigError, StepError, did_you_mean
+from jaxtrainer.handed import handed_back
 from jaxtrainer.optim import Optimizer, owners, select
 from jaxtrainer.outputs import scalar_loss
 from jaxtrainer.precision import Precision
@@ -103,11 +104,15 @@ class Updates:
         def value(owned: Nested) -> tuple[Array, Any]:
             shown = dict(flat_items(self._precision.cast_to_compute(owned)))
             given = nest({**self._shown, **shown})
-            inside = self._adapter.merge(given, before, training=True)
-            returned, aux = _split_aux(loss_fn(inside), where, has_aux)
+
+            def run(given: Nested) -> tuple[Any, Nested, Nested]:
+                inside = self._adapter.merge(given, before, training=True)
+                return loss_fn(inside), *self._adapter.read_back(inside, where=where)
+
+            returned, after, changed = run(given)
+            returned, aux = _split_aux(returned, where, has_aux)
             loss = scalar_loss(returned, f"{where} returned", "end it with `return loss`")
-            after, changed = self._adapter.read_back(inside, where=where)
-            refuse_changed_params(given, after, where)
+            refuse_changed_params(given, after, where, lambda given: run(given)[1])
             _refuse_unrelated(loss, owned, where, optimizers)
             return loss, (aux, changed)
 
@@ -232,10 +237,25 @@ class Updates:
         return grad.astype(kept.dtype)
 
 
-def refuse_changed_params(before: Nested, after: Nested, where: str) -> None:
-    """Raise StepError if parameters were assigned to, where an update would overwrite them."""
-    now = dict(flat_items(after))
-    if assigned := [name for name, value in flat_items(before) if now[name] is not value]:
+def refuse_changed_params(
+    before: Nested, after: Nested, where: str, again: Callable[[Nested], Nested]
+) -> None:
+    """Raise StepError if parameters were assigned to, where an update would overwrite them.
+
+    Args:
+        before: Those that the step got.
+        after: Those that it left.
+        where: The step, for the message.
+        again: Gives the latter from the former once more.
+    """
+    now, given = dict(flat_items(after)), dict(flat_items(before))
+    assigned = [name for name, value in given.items() if now[name] is not value]
+    if assigned:
+        # Some of them may only be handed back by a transform, which another trace tells.
+        jaxpr = jax.make_jaxpr(lambda x: dict(flat_items(again(nest(x)))))(given)
+        is_same = dict(zip(sorted(given), handed_back(jaxpr), strict=True))
+        assigned = [name for name in assigned if not is_same[name]]
+    if assigned:
         raise StepError(
             f"{where} assigned to the parameters {', '.join(assigned)}; the optimiser's update "
             "would overwrite them. Change parameters through the loss, or keep what the step "

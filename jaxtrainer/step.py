@@ -324,22 +324,28 @@ class _Traced:
         options, training = self.options, self.stage == "train"
         batch = _prepare(options, batch)
         given = options.precision.cast_to_compute(params) if updates is None else updates.given
-        model = options.adapter.merge(given, model_state, training=training)
-        if updates is not None:
-            updates.model = model
         rows = _rows(batch)
         self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
-        with noting(self.where, batch), tracing(options.module, recorder, key, updates):
-            returned = self.step(model, batch, **options.arguments)
-            needs_loss = training and updates is None
-            outputs = step_outputs(returned, self.where, training=needs_loss)
-        # A model that cannot be changed in place is the one that the step returns.
-        last = outputs.pop("model", model if updates is None else updates.model)
-        after, new_state = options.adapter.read_back(last if training else model, where=self.where)
+
+        def run(given: Nested, recorder: Recorder) -> tuple[Any, Nested, Nested, Any]:
+            model = options.adapter.merge(given, model_state, training=training)
+            if updates is not None:
+                updates.model = model
+            with noting(self.where, batch), tracing(options.module, recorder, key, updates):
+                returned = self.step(model, batch, **options.arguments)
+                needs_loss = training and updates is None
+                outputs = step_outputs(returned, self.where, training=needs_loss)
+            # A model that cannot be changed in place is the one that the step returns.
+            last = outputs.pop("model", model if updates is None else updates.model)
+            last = last if training else model
+            return outputs, *options.adapter.read_back(last, where=self.where), model
+
+        outputs, after, new_state, model = run(given, recorder)
         if updates is not None:
             updates.finish(after)
         elif training:
-            refuse_changed_params(given, after, self.where)
+            unheard = Recorder(self.stage, default_weight=float(rows))
+            refuse_changed_params(given, after, self.where, lambda given: run(given, unheard)[1])
         refuse_kept(recorder.metrics, model, self.where)
         loss = outputs.get("loss", jnp.zeros(()))
         for traced in options.traced:

@@ -18,6 +18,7 @@ LEVELS = {
     "jaxtrainer.errors": 0,
     "jaxtrainer.types": 0,
     "jaxtrainer.vocabulary": 0,
+    "jaxtrainer.handed": 0,
     "jaxtrainer.arrays": 1,
     "jaxtrainer.cache": 1,
     "jaxtrainer.control": 1,
