@@ -32,8 +32,9 @@ from jaxtrainer.manifest import (
     spec_of,
     unseal,
 )
+from jaxtrainer.places import place
 from jaxtrainer.record import check_record, decode
-from jaxtrainer.rundir import PREFIX, saved_steps, step_of, step_path
+from jaxtrainer.rundir import PREFIX, fetched, has_item, saved_steps, step_of, step_path
 from jaxtrainer.state import TrainState, flat_items, nest
 
 RECORD = "record"
@@ -71,8 +72,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointNotFoundError: If there is none, saying what is there instead.
     """
-    given = Path(path).absolute()
-    if step_of(given.name) is not None and (given / RECORD).is_dir():
+    given = place(path)
+    if step_of(given.name) is not None and has_item(given, RECORD):
         return given
     if steps := saved_steps(given):
         return step_path(given, steps[-1])
@@ -211,8 +212,8 @@ def _read(path: Path, manifest: Mapping[str, Any], wanted: Arrays) -> Arrays:
         return {}
     ocp = orbax()
     args = {name: ocp.args.StandardRestore(nest(flat)) for name, flat in wanted.items()}
-    with _reading(path), _reader() as reader:
-        found = reader.restore(path, args=ocp.args.Composite(**args))
+    with _reading(path), fetched(path, wanted) as here, _reader() as reader:
+        found = reader.restore(here, args=ocp.args.Composite(**args))
         arrays = {name: dict(flat_items(found[name])) for name in wanted}
     if names := damaged(arrays, manifest):
         raise CheckpointCorruptError(

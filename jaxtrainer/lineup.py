@@ -22,6 +22,7 @@ from jaxtrainer.checks import is_overridden
 from jaxtrainer.errors import CheckpointNotFoundError, ConfigError, did_you_mean
 from jaxtrainer.hooks import tunes
 from jaxtrainer.module import TrainModule
+from jaxtrainer.places import placed
 
 _SAVERS = (Checkpoint, OnExceptionCheckpoint, PredictionWriter)
 
@@ -76,7 +77,7 @@ class Lineup:
             isinstance(callback, (*_SAVERS, Profiler, NonFinite))
             and callback.given_dirpath is not None
         ):
-            callback.dirpath = str(self.root / callback.given_dirpath)
+            callback.dirpath = placed(self.root, callback.given_dirpath)
 
 
 def find_saved(

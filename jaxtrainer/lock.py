@@ -9,13 +9,27 @@ import contextlib
 import json
 import os
 import socket
+from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxtrainer.errors import RunDirError
 
 NAME = ".lock"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Lock(Protocol):
+    """What keeps other runs out of a run directory."""
+
+    def acquire(self) -> None:
+        """Take it, or raise RunDirError."""
+
+    def check(self) -> None:
+        """Raise RunDirError if another run has taken it over."""
+
+    def release(self) -> None:
+        """Give it back, if it is held."""
 
 
 class RunLock:
@@ -38,13 +52,16 @@ class RunLock:
         Raises:
             RunDirError: If somebody else has it, saying who.
         """
-        text = json.dumps(_this_process())
+        text = json.dumps(this_process())
         while not _create(self.path, text):
             found = _read(self.path)
-            if (owner := _parsed(found)) is not None and _is_alive(owner):
-                raise RunDirError(_in_use(self.path, owner))
+            if (owner := owner_in(found)) is not None and is_alive(owner):
+                raise RunDirError(in_use(self.path, owner))
             _take_away(self.path, found)
         self._text = text
+
+    def check(self) -> None:
+        """Do nothing: that of a living process is never taken over."""
 
     def release(self) -> None:
         """Give it back, if it is held."""
@@ -53,6 +70,12 @@ class RunLock:
             if self._text and _read(self.path) == self._text:
                 self.path.unlink()
         self._text = ""
+
+
+@singledispatch
+def lock_of(directory: Path) -> Lock:
+    """Return the lock of a run directory; `places.py` says what it is in an object store."""
+    return RunLock(directory)
 
 
 def _create(path: Path, text: str) -> bool:
@@ -102,7 +125,7 @@ def _read(path: Path) -> str:
         raise RunDirError(f"cannot read {path}, which says who writes there: {error}") from error
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def owner_in(text: str) -> dict[str, Any] | None:
     """Return who holds the lock; None if it says nothing, as one that a power loss cut short."""
     with contextlib.suppress(ValueError):
         owner = json.loads(text)
@@ -111,7 +134,8 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """Return what tells this process from any other."""
     boot = _BOOT.read_text().strip() if _BOOT.exists() else None
     pid = os.getpid()
     return {"host": socket.gethostname(), "boot": boot, "pid": pid, "started": _started(pid)}
@@ -128,8 +152,9 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
-    here = _this_process()
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Return whether a process lives, or may do so, because it is of another host."""
+    here = this_process()
     if owner.get("host") != here["host"]:
         return True
     if owner.get("boot") != here["boot"]:
@@ -146,9 +171,13 @@ def _is_alive(owner: dict[str, Any]) -> bool:
     return True
 
 
-def _in_use(path: Path, owner: dict[str, Any]) -> str:
+def in_use(path: str | os.PathLike[str], owner: dict[str, Any]) -> str:
+    """Return what to tell who wanted the lock."""
     who = f"process {owner['pid']} on {owner.get('host')}"
-    text = f"{path.parent} is being written by {who}: two runs would delete each other's files. "
+    text = (
+        f"{os.path.dirname(path)} is being written by {who}: two runs would delete each other's "
+        "files. "
+    )
     if owner["pid"] == os.getpid() and owner.get("host") == socket.gethostname():
         return text + "That is this process: give each `Checkpoint` a directory of its own."
     if owner.get("host") == socket.gethostname():

@@ -67,6 +67,8 @@ def unseal(path: Path) -> Any:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         record = json.loads(path.read_bytes().decode(), parse_constant=_refuse)
+    except CheckpointError:
+        raise
     except PermissionError as error:
         raise CheckpointError(f"reading {path} failed: {error}") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """The files of a run directory: which steps it has, what of it may be deleted, and how.
 
 A step directory appears and disappears by one rename, so that at every instant one of that name
-is complete. Nothing outside the directory is touched, and no symbolic link followed. Imports
-`errors` only.
+is complete. Nothing outside the directory is touched, and no symbolic link followed. For a run
+directory in an object store `places.py` has these functions once more. Imports `errors` only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import singledispatch
 from pathlib import Path
 
 from jaxtrainer.errors import RunDirError
@@ -41,6 +43,7 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+@singledispatch
 def saved_steps(directory: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a run directory, in order."""
     if not directory.is_dir():
@@ -49,6 +52,13 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
+@singledispatch
+def has_item(path: Path, item: str) -> bool:
+    """Return whether there is a step directory with an item of that name."""
+    return (path / item).is_dir()
+
+
+@singledispatch
 def probe(directory: Path) -> None:
     """Make the directory, and raise RunDirError if nothing can be written in it."""
     file = directory / f".write_probe_{os.getpid()}"
@@ -63,6 +73,7 @@ def probe(directory: Path) -> None:
         ) from error
 
 
+@singledispatch
 def check_space(directory: Path, needed: int) -> None:
     """Raise RunDirError if a checkpoint of that many bytes does not fit on the disk."""
     free = shutil.disk_usage(directory).free
@@ -73,6 +84,7 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
+@singledispatch
 def clean(directory: Path, step: int | None = None) -> list[str]:
     """Remove what a save or a deletion left that did not end; return what could not be removed.
 
@@ -89,6 +101,7 @@ def clean(directory: Path, step: int | None = None) -> list[str]:
     return failed
 
 
+@singledispatch
 def remove_step(directory: Path, step: int) -> list[str]:
     """Delete a step; return what went wrong, as lines for the user."""
     path = step_path(directory, step)
@@ -105,6 +118,7 @@ def remove_step(directory: Path, step: int) -> list[str]:
     return _removed(doomed)
 
 
+@singledispatch
 def set_aside(directory: Path, steps: Iterable[int]) -> list[str]:
     """Rename damaged steps, so that they are kept and no longer count; return what was done."""
     lines = []
@@ -120,6 +134,25 @@ def set_aside(directory: Path, steps: Iterable[int]) -> list[str]:
     return lines
 
 
+@singledispatch
+def work_path(directory: Path, step: int) -> Path:
+    """Return the directory that Orbax is to write a step to."""
+    return step_path(directory, step)
+
+
+@singledispatch
+def publish(directory: Path, step: int) -> None:
+    """Bring a step from where Orbax has written it to its place."""
+
+
+@singledispatch
+@contextmanager
+def fetched(path: Path, items: Iterable[str]) -> Iterator[Path]:
+    """Give the directory in which Orbax can read some items of a step."""
+    yield path
+
+
+@singledispatch
 def sync_step(directory: Path, step: int) -> None:
     """Return when all of a step is on the disk itself, its names included."""
     for folder, _, files in os.walk(step_path(directory, step)):

@@ -20,17 +20,20 @@ import numpy as np
 
 from jaxtrainer.checkpoint import RECORD, Arrays, items_of, orbax, small_arrays
 from jaxtrainer.errors import CheckpointError, RunDirError
-from jaxtrainer.lock import RunLock
+from jaxtrainer.lock import lock_of
 from jaxtrainer.manifest import ARRAYS, THREADS, manifest_of, seal
+from jaxtrainer.places import place
 from jaxtrainer.record import encode
 from jaxtrainer.rundir import (
     clean,
     probe,
+    publish,
     remove_step,
     saved_steps,
     set_aside,
     step_path,
     sync_step,
+    work_path,
 )
 from jaxtrainer.state import TrainState, nest, size_of
 
@@ -74,12 +77,12 @@ class CheckpointStore:
         damaged_steps: Sequence[int] = (),
         durable: bool = False,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = place(directory)
         self.durable = durable
         self.notes: deque[str] = deque()
         self._savers: dict[str, Any] = {}
         self._write: Future[None] | None = None
-        self._lock = RunLock(self.directory)
+        self._lock = lock_of(self.directory)
         _refuse_other_run(self.directory, resumed_step, damaged_steps)
         probe(self.directory)
         if _is_first():
@@ -97,6 +100,7 @@ class CheckpointStore:
             CheckpointError: If the save before this one failed.
         """
         self.wait()
+        self._lock.check()
         items = items_of(snapshot.state)
         record = encode({**snapshot.record, "device": small_arrays(snapshot.state)})
         if _fits_host(items):
@@ -175,10 +179,11 @@ class CheckpointStore:
         args = {name: ocp.args.StandardSave(nest(arrays)) for name, arrays in items.items()}
         args[RECORD] = ocp.args.JsonSave(seal(record))
         with _failing_as(f"saving step {step} in {self.directory}"):
-            saver.save(self.path(step), args=ocp.args.Composite(**args))
+            saver.save(work_path(self.directory, step), args=ocp.args.Composite(**args))
 
     def _end(self, step: int) -> None:
         with _failing_as(f"saving step {step} in {self.directory}"):
+            publish(self.directory, step)
             if self.durable and _is_first():
                 self._sync(step)
 

@@ -33,6 +33,7 @@ from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
 from jaxtrainer.plan import Plan
 from jaxtrainer.precision import parse_precision
+from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits, Run
 from jaxtrainer.session import Session
@@ -150,6 +151,7 @@ class Trainer:
             overfit_batches = None
         if deterministic and steps_per_dispatch == "auto":
             steps_per_dispatch = 1
+        refuse_url("default_root_dir", default_root_dir)
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,
@@ -542,4 +544,5 @@ def _cache_dir(option: str | os.PathLike[str] | bool | None) -> Path | None:
         return None
     if option is None or option is True:
         return default_directory()
+    refuse_url("compilation_cache", option)
     return Path(option)

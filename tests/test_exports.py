@@ -48,7 +48,7 @@ CALLBACKS = [
     "Throughput",
     "Timer",
 ]
-HEAVY = ("orbax", "grain", "tensorboard", "matplotlib")
+HEAVY = ("orbax", "grain", "tensorboard", "matplotlib", "fsspec")
 
 
 def test_package_exports_the_public_names():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
@@ -12,8 +13,15 @@ from typing import Any, Literal
 from jaxtrainer.callback import Callback
 from jaxtrainer.checkpoint import find_checkpoint, last_whole, read_record
 from jaxtrainer.duration import Duration, parse_duration
-from jaxtrainer.errors import CheckpointError, CheckpointWarning, ConfigError, checks_options
+from jaxtrainer.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+    RunDirError,
+    checks_options,
+)
 from jaxtrainer.guard import unfit
+from jaxtrainer.places import check_place, place
 from jaxtrainer.run import Run
 from jaxtrainer.rundir import check_space, saved_steps
 from jaxtrainer.store import CheckpointStore
@@ -29,7 +37,9 @@ class Checkpoint(Callback):
     finite is not saved, so that the last checkpoint is always one to go on from.
 
     Args:
-        dirpath: Run directory; each checkpoint is a directory `step_N` in it.
+        dirpath: Run directory; each checkpoint is a directory `step_N` in it. Also in an object
+            store, as `"gs://bucket/runs/mnist"` or `"s3://..."`, with `jaxtrainer[gcs]` or
+            `jaxtrainer[s3]` installed; what holds there is in `docs/guarantees.md`.
         monitor: Series that decides which are best, e.g. `"val/accuracy"`.
         mode: Whether less (`"min"`) or more (`"max"`) of it is better.
         save_top_k: Keep this many of the best; -1 keeps all, 0 none but the last.
@@ -50,6 +60,7 @@ class Checkpoint(Callback):
 
     Raises:
         ConfigError: If more than one trigger is given, or the monitored series looks misspelt.
+        MissingExtraError: For a URL, without the package that talks to its store.
         RunDirError: If the directory cannot be written, or has checkpoints of another run.
 
     Example:
@@ -107,6 +118,7 @@ class Checkpoint(Callback):
         _check_word("durable", durable, (True, False))
         if "\0" in os.fspath(dirpath):
             raise ConfigError(f"{os.fspath(dirpath)!r} is no path.")
+        check_place(dirpath)
         self.given_dirpath = os.fspath(dirpath)
         self.dirpath = self.given_dirpath
         self.monitor = monitor
@@ -167,7 +179,7 @@ class Checkpoint(Callback):
         self._damaged = {}
         last = find_checkpoint(self.dirpath)
         if which == "last" and may_fall_back and self.on_corrupt == "fall_back":
-            last, self._damaged = last_whole(Path(self.dirpath).absolute())
+            last, self._damaged = last_whole(place(self.dirpath))
         if which == "best":
             states = read_record(last)["callbacks"]
             self.load_state_dict(states.get(self.state_key, {"scores": {}, "last_step": None}))
@@ -237,7 +249,7 @@ class Checkpoint(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the scores of the checkpoints that are still there."""
-        there = saved_steps(Path(self.dirpath))
+        there = saved_steps(place(self.dirpath))
         self.scores = {int(k): v for k, v in state["scores"].items() if int(k) in there}
         self.last_step = state["last_step"] if state["last_step"] in there else None
 
@@ -282,7 +294,9 @@ class Checkpoint(Callback):
         except CheckpointError as error:
             # As if it had not been tried; those that it was to replace may be gone.
             self.scores, self.last_step = self._before
-            self.load_state_dict(self.state_dict())
+            # An object store that cannot be reached cannot say what it has, either.
+            with contextlib.suppress(RunDirError):
+                self.load_state_dict(self.state_dict())
             self._publish(run)
             if self.on_save_error == "raise":
                 raise

@@ -11,6 +11,7 @@ from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, NonFiniteError, checks_options
 from jaxtrainer.guard import SKIPPED, Guard, frozen_batch
 from jaxtrainer.options import check_count
+from jaxtrainer.remote import refuse_url
 from jaxtrainer.run import Run
 
 
@@ -83,6 +84,7 @@ class NonFinite(Callback):
         self.spike_z = spike_z
         self.warm_up = check_count("warm_up", warm_up)
         self.forensics = forensics
+        refuse_url("NonFinite", dirpath)
         self.given_dirpath = None if dirpath is None else os.fspath(dirpath)
         self.dirpath = self.given_dirpath
         self._run: Run | None = None

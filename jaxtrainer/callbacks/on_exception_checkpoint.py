@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import singledispatch
 from pathlib import Path
 
 import jax
@@ -10,8 +11,10 @@ import jax
 from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, RunDirError, checks_options
 from jaxtrainer.guard import unfit
+from jaxtrainer.places import check_place, place
+from jaxtrainer.remote import RemotePath
 from jaxtrainer.run import Run
-from jaxtrainer.rundir import saved_steps
+from jaxtrainer.rundir import probe, saved_steps
 from jaxtrainer.store import CheckpointStore
 
 
@@ -43,6 +46,7 @@ class OnExceptionCheckpoint(Callback):
     def __init__(self, dirpath: str | os.PathLike[str]) -> None:
         if not isinstance(dirpath, str | os.PathLike):
             raise ConfigError(f"OnExceptionCheckpoint needs a run directory, got {dirpath!r}.")
+        check_place(dirpath)
         self.given_dirpath = os.fspath(dirpath)
         self.dirpath = self.given_dirpath
         self.path: str | None = None
@@ -51,7 +55,7 @@ class OnExceptionCheckpoint(Callback):
         """Find out that nothing can be written now, not when it is needed."""
         self.path = None
         if run.stage == "fit":
-            _check_writable(Path(self.dirpath).absolute())
+            _check_writable(place(self.dirpath))
 
     def on_train_end(self, run: Run) -> None:
         """Save if a signal has ended training: that is no exception inside the run."""
@@ -86,7 +90,7 @@ class OnExceptionCheckpoint(Callback):
         self.path = run.last_checkpoint = str(store.path(step))
 
     def _directory(self, run: Run) -> Path:
-        base = Path(self.dirpath).absolute()
+        base = place(self.dirpath)
         resumed_step, number, directory = run.resumed_step or 0, 1, base
         while any(s > resumed_step or s == run.global_step for s in saved_steps(directory)):
             number += 1
@@ -101,6 +105,7 @@ def _is_whole(run: Run) -> bool:
     return int(run.state.batch_count) == run.total_batches
 
 
+@singledispatch
 def _check_writable(directory: Path) -> None:
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -109,3 +114,8 @@ def _check_writable(directory: Path) -> None:
             f"{'not writable' if existing.is_dir() else 'no directory'}; pass "
             "`OnExceptionCheckpoint` a directory that can be written, or made."
         )
+
+
+@_check_writable.register(RemotePath)
+def _probe_remote(directory: RemotePath) -> None:
+    probe(directory)

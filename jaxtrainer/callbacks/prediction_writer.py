@@ -19,6 +19,7 @@ import numpy as np
 from jaxtrainer.callback import Callback
 from jaxtrainer.data import leaf_name, num_rows
 from jaxtrainer.errors import ConfigError, DataError, RunDirError, checks_options
+from jaxtrainer.remote import refuse_url
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree
 
@@ -62,6 +63,7 @@ class PredictionWriter(Callback):
             raise ConfigError(f"PredictionWriter needs a directory, got {dirpath!r}.")
         if write_interval not in ("batch", "epoch"):
             raise ConfigError(f"write_interval={write_interval!r}: use 'batch' or 'epoch'.")
+        refuse_url("PredictionWriter", dirpath)
         self.given_dirpath = os.fspath(dirpath)
         self.dirpath = self.given_dirpath
         self.write_interval = write_interval

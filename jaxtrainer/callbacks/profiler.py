@@ -22,6 +22,7 @@ from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.timer import named_phases
 from jaxtrainer.display.report import hook_table, phase_table
 from jaxtrainer.errors import ConfigError, RunDirError, checks_options
+from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import render
 from jaxtrainer.run import Run
 
@@ -96,6 +97,7 @@ class Profiler(Callback):
                 f"Profiler(dirpath={dirpath!r}, steps={steps!r}): a trace needs both, "
                 "`Profiler('runs/profile', steps=(10, 20))`; the table of hooks neither."
             )
+        refuse_url("Profiler", dirpath)
         self.given_dirpath = None if dirpath is None else os.fspath(dirpath)
         self.dirpath = self.given_dirpath
         self.steps = None if steps is None else _checked_steps(steps)
