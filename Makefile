@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow check format bench build clean
+.PHONY: help mnist test test-slow test-stores check format bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -31,7 +31,11 @@ test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not stores' $(ARGS)
+
+test-stores: $(STAMP) ## run the tests of checkpoints in gs:// and s3://, with servers of their own
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group stores
+	$(BIN)/python -m pytest -n 2 -m stores $(ARGS)
 
 check: $(STAMP) ## lint, check format and types
 	$(BIN)/ruff check .
