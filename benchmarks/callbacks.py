@@ -37,6 +37,7 @@ def free(console: Console, folder: str) -> Makers:
         "LambdaCallback": lambda: callbacks.LambdaCallback(on_train_epoch_end=lambda run: None),
         "LearningRateMonitor": lambda: callbacks.LearningRateMonitor(schedule=lambda step: 1e-3),
         "ModelSummary": lambda: callbacks.ModelSummary(console=console),
+        "NonFinite": callbacks.NonFinite,
         "OnExceptionCheckpoint": lambda: callbacks.OnExceptionCheckpoint(f"{folder}/crash"),
         "PredictionWriter": lambda: callbacks.PredictionWriter(f"{folder}/predictions"),
         "ProgressBar": lambda: callbacks.ProgressBar(console=console),
