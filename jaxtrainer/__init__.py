@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxtrainer.every import Every
     from jaxtrainer.module import TrainModule
     from jaxtrainer.optim import Optimizer
+    from jaxtrainer.parts import build_step
     from jaxtrainer.pretrained import load_params
     from jaxtrainer.result import FitResult
     from jaxtrainer.run import History, Run
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "TrainModule",
     "Trainer",
+    "build_step",
     "callbacks",
     "data",
     "errors",
@@ -49,6 +51,7 @@ _HOMES = {
     "Run": "run",
     "TrainModule": "module",
     "Trainer": "trainer",
+    "build_step": "parts",
     "load_params": "pretrained",
     "read_predictions": "callbacks.prediction_writer",
 }

@@ -141,31 +141,37 @@ def compile_form(session: Session, step: TracedStep, form: str, title: str) -> C
     return compiled
 
 
+def compile_step(session: Session, step: TracedStep, feed: Feed) -> tuple[Dispatch, Any]:
+    """Return the compiled training step, and what makes the first state.
+
+    The latter is a compiled function of `step.init_arguments`, or None where the session restores
+    a state.
+    """
+    wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
+    cache_dir = session.options.cache_dir
+    memory = None if cache_dir is None else cache_dir / "dispatch"
+    choice = DispatchChoice(wanted, step.program, step.lower, step.arguments, saved, memory)
+    jobs = {name: lowered.compile for name, lowered in choice.lowered.items()}
+    if session.path is None:
+        lowered = step.init.lower(*step.init_arguments)
+        jobs["init"] = functools.partial(lowered.compile, session.initializer.compile_options())
+    # One after the other: XLA uses every core for one, and each holds 100 MB while it compiles.
+    compiled: dict[str, Any] = {}
+    for name, job in jobs.items():
+        compiled[name] = job()
+        trim_memory()
+    make_state = compiled.pop("init", None)
+    return choice.decide(compiled, feed), make_state
+
+
 def _compile_and_init(
     session: Session, step: TracedStep, feed: Feed
 ) -> tuple[Dispatch, TrainState]:
     """Compile the training step and what makes the first state; run that, or restore it."""
-    wanted, saved = session.options.steps_per_dispatch, (session.record or {}).get("program")
-    cache_dir = session.options.cache_dir
-    memory = None if cache_dir is None else cache_dir / "dispatch"
-
-    def compile_step() -> tuple[Dispatch, Any]:
-        choice = DispatchChoice(wanted, step.program, step.lower, step.arguments, saved, memory)
-        jobs = {name: lowered.compile for name, lowered in choice.lowered.items()}
-        if session.path is None:
-            lowered = step.init.lower(*step.init_arguments)
-            jobs["init"] = functools.partial(lowered.compile, session.initializer.compile_options())
-        # One after the other: XLA uses every core for one, and each holds 100 MB while it compiles.
-        compiled: dict[str, Any] = {}
-        for name, job in jobs.items():
-            compiled[name] = job()
-            trim_memory()
-        make_state = compiled.pop("init", None)
-        return choice.decide(compiled, feed), make_state
-
-    dispatch, make_state = session.compile("train step", compile_step)
+    job = functools.partial(compile_step, session, step, feed)
+    dispatch, make_state = session.compile("train step", job)
     trim_memory()
-    if wanted == "auto":
+    if session.options.steps_per_dispatch == "auto":
         steps = f"up to {dispatch.steps} steps" if dispatch.fused else "one step"
         session.run.notice(f"{steps} a dispatch ({dispatch.reason})")
     if session.path is not None:

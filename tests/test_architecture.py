@@ -88,6 +88,7 @@ LEVELS = {
     "jaxtrainer.loops": 5,
     "jaxtrainer.assemble": 6,
     "jaxtrainer.evaluation": 6,
+    "jaxtrainer.parts": 6,
     "jaxtrainer.replay": 6,
     "jaxtrainer.shortage": 6,
     "jaxtrainer.pretrained": 6,

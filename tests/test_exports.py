@@ -16,6 +16,7 @@ PUBLIC = [
     "Run",
     "TrainModule",
     "Trainer",
+    "build_step",
     "callbacks",
     "data",
     "errors",
