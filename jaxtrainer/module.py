@@ -20,7 +20,6 @@ from jaxtrainer.errors import (
 )
 from jaxtrainer.frozen import changed_names, contents_of, is_same, kept_tracers
 from jaxtrainer.metrics import Recorder
-from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree, Reduce, Stage
 from jaxtrainer.vocabulary import OF_THE_MODULE
 
@@ -39,7 +38,7 @@ class TrainModule:
 
     Attributes:
         model: The trained model in evaluation mode after `fit`, also after an exception.
-        run: The host's record of the running or last call of the trainer.
+        run: The host's record (a `Run`) of the running or last call of the trainer; None before.
         automatic_optimization: Whether the gradients of the loss that `training_step` returns
             make the update. False leaves the updates to the step, see `minimize`.
 
@@ -56,7 +55,7 @@ class TrainModule:
     """
 
     model: Any = None
-    run: Run | None = None
+    run: Any = None
     automatic_optimization: bool = True
     _tracing: ClassVar[_Trace | None] = None
     _elsewhere: ClassVar[dict[str, str]] = {

@@ -6,6 +6,7 @@ checkpoints. May import levels 0 to 6.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,7 +41,7 @@ def build_step(
     precision: str = "32-true",
     mesh: Mapping[str, int] | Mesh | None = None,
     steps_per_dispatch: int | Literal["auto"] = "auto",
-    compilation_cache: Any = None,
+    compilation_cache: str | os.PathLike[str] | bool | None = None,
 ) -> tuple[TrainStep, TrainFeed]:
     """Return the compiled training step of a module, and the feed of its loader.
 
@@ -111,6 +112,8 @@ class Batches:
         batch_idx: Index in the epoch of the first of them.
         size: How many they are.
         is_last: Whether the epoch ends with them.
+        chunk: What the step reads; its layout may change.
+        feed: Where they come from.
     """
 
     epoch: int
@@ -234,11 +237,11 @@ class TrainStep:
 
 
 class _Part(NamedTuple):
-    """Rows of metrics on the device, of which `count` from `start` on are meant."""
+    """Rows of metrics on the device, of which `size` from `start` on are meant."""
 
     rows: jax.Array
     start: int
-    count: int
+    size: int
 
 
 @final
@@ -256,7 +259,7 @@ class Logged(Mapping[str, np.ndarray]):
             raise KeyError(f"{name!r} was not logged; logged: {', '.join(self._names)}")
         column = self._names.index(name)
         return np.concatenate(
-            [np.asarray(p.rows)[p.start : p.start + p.count, column] for p in self._parts]
+            [np.asarray(p.rows)[p.start : p.start + p.size, column] for p in self._parts]
         )
 
     def __iter__(self) -> Iterator[str]:

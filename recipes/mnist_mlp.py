@@ -94,17 +94,21 @@ class SaveOptions(Callback):
         self.path.write_text(json.dumps(self.options))
 
 
-def train(args):
+def make_loaders(batch_size, seed):
     train_set, test_set = load_mnist()
     train_loader = data.from_arrays(
         train_set,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         shuffle=True,
-        seed=args.seed,
+        seed=seed,
         drop_remainder=True,
         device_transform=to_float,
     )
-    test_loader = data.from_arrays(test_set, batch_size=1000, device_transform=to_float)
+    return train_loader, data.from_arrays(test_set, batch_size=1000, device_transform=to_float)
+
+
+def train(args):
+    train_loader, test_loader = make_loaders(args.batch_size, args.seed)
     module = MnistMLP(args.hidden_dim, args.learning_rate)
     timer = Timer()
     callbacks = [timer, Accuracy(), Checkpoint(args.run_dir), SaveOptions(args)]

@@ -24,9 +24,12 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRAINER_TEST_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402 (the variables above come first)
+import numpy as np  # noqa: E402
 import optax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache as jax_cache  # noqa: E402
+
+import mnist_data  # noqa: E402
 
 # In this process only: a program that a test starts runs as a user would run it.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -85,3 +88,26 @@ def compiled_once(session_folder):
     """One compilation cache for all modules that ask for it: their runs share most programs."""
     with _cache_in(session_folder):
         yield
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    """For a recipe as a user runs it: runs, and programs compiled on the way, are kept here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def noise_digits(monkeypatch):
+    """Whichever recipe reads the MNIST files gets 256 pictures of noise as both splits."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(256, dtype=np.uint8) % 10
+    split = {"image": rng.integers(0, 256, (256, 28, 28), np.uint8), "label": labels}
+    load_mnist = mnist_data.load_mnist
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__dict__", {}).get("load_mnist") is load_mnist:
+            monkeypatch.setattr(module, "load_mnist", lambda: (split, split))
+    return split

@@ -58,7 +58,9 @@ def test_logged_values_are_those_of_fit(steps: int):
     step, feed = build(steps_per_dispatch=steps)
     state, logged = run(step, feed)
     losses = np.concatenate([values["train/loss"] for values in logged])
-    np.testing.assert_array_equal(losses, np.float32(result.history.step["train/loss"].values))
+    np.testing.assert_array_equal(
+        losses, np.asarray(result.history.step["train/loss"].values, np.float32)
+    )
     assert step.means(state) == {"train/loss": result.history.epoch["train/loss"].values[-1]}
     assert [*logged[0]] == ["train/loss"]
     with pytest.raises(KeyError, match="'acc' was not logged; logged: train/loss"):

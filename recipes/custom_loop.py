@@ -1,0 +1,69 @@
+"""Finds a learning rate in a loop of its own: eight runs at once, of which the better half goes on.
+
+    python recipes/custom_loop.py
+
+`Trainer.fit` trains one model. Here eight are trained in turn by one compiled step, each with a
+learning rate of its own, on the same batches; after every epoch the worse half is dropped.
+
+build_step gives the two pieces of `fit` that this needs: the step, which takes a state and returns
+the next, and the feed, which reads batches ahead and puts them on the device.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxtrainer import build_step
+from mnist_mlp import MnistMLP, make_loaders, to_float
+
+RATES = [10 ** (k / 2) for k in range(-9, -1)]  # 3e-5 to 0.1
+
+
+class Tuned(MnistMLP):
+    def configure_optimizers(self):
+        # The rate is then a number in the optimiser's state: one compiled step serves them all.
+        return optax.inject_hyperparams(optax.adam)(learning_rate=self.learning_rate)
+
+
+def with_rate(state, rate):
+    opt_state = optax.tree.set(state.opt_state, learning_rate=jnp.float32(rate))
+    return state._replace(opt_state=opt_state)
+
+
+def search(step, feed, seed):
+    """The last state left, and its rate."""
+    states = {rate: with_rate(step.init(seed), rate) for rate in RATES}
+    while len(states) > 1:
+        for batches in feed:
+            for rate, state in states.items():
+                states[rate], _ = step(state, batches)
+        losses = {rate: step.means(state)["train/loss"] for rate, state in states.items()}
+        print("  ".join(f"{rate:.0e}: {loss:.4f}" for rate, loss in losses.items()))
+        best = sorted(losses, key=lambda rate: losses[rate])[: len(losses) // 2]
+        states = {rate: states[rate] for rate in best}
+    return states.popitem()
+
+
+@nnx.jit
+def read(model, batch):
+    return jnp.argmax(model(to_float(batch)["image"]), axis=-1)
+
+
+def main(seed=0):
+    train_loader, test_loader = make_loaders(256, seed)
+    step, feed = build_step(Tuned(), train_loader)
+    with feed:
+        rate, state = search(step, feed, seed)
+        for batches in feed:
+            state, _ = step(state, batches)
+        print(f"{rate:.0e}: {step.means(state)['train/loss']:.4f}")
+    model = step.model(state)
+    is_right = [np.asarray(read(model, batch)) == batch["label"] for batch in test_loader]
+    accuracy = float(np.mean(is_right))
+    print(f"test accuracy: {accuracy:.4f}")
+    return accuracy
+
+
+if __name__ == "__main__":
+    main()
