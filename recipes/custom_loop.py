@@ -7,6 +7,15 @@ learning rate of its own, on the same batches; after every epoch the worse half 
 
 build_step gives the two pieces of `fit` that this needs: the step, which takes a state and returns
 the next, and the feed, which reads batches ahead and puts them on the device.
+
+65 to 100 s on 2 CPU cores that had other work as well. Test accuracy with seeds 0, 1, 2: 0.9648,
+0.9644, 0.9659. What seed 0 prints, the loss of each rate:
+
+    3e-05: 0.7650  1e-04: 0.5604  3e-04: 0.4375  1e-03: 0.3492  3e-03: 0.3360  1e-02: 0.6947  ...
+    3e-03: 0.1316  1e-03: 0.1662  3e-04: 0.2556  1e-04: 0.3736
+    3e-03: 0.0992  1e-03: 0.1263
+    3e-03: 0.0805
+    test accuracy: 0.9648
 """
 
 import jax.numpy as jnp

@@ -7,6 +7,9 @@ to be learnt from 16 pictures each, in two ways: from scratch, and from the firs
 Of that `load_params` takes all but the head, which has two classes more now; `BackboneFinetuning`
 keeps what was taken frozen for 20 epochs, and lets it train by a schedule of its own from then on.
 
+16 to 26 s on 2 CPU cores that had other work as well. Test accuracy with seeds 0, 1, 2: fine-tuned
+0.9059, 0.8803, 0.8866; from scratch 0.7806, 0.7743, 0.7806.
+
 Shapes: B batch, H height, W width, F features, C classes.
 """
 

@@ -9,6 +9,14 @@ which puts every node on its prediction; clamps the last nodes to the one-hot ta
 hidden ones down the energy (4 steps of gradient descent at 0.01); and then makes one step of Adam
 (1e-3) on the weights, with the nodes held fixed. The prediction is u of the last layer.
 
+Test accuracy with seeds 0, 1, 2: 0.9649, 0.9643, 0.9643. What --compare prints at the end, on 2 CPU
+cores that had other work as well (the ratio of times was 1.3 to 1.7):
+
+                       test accuracy  s an epoch
+    backpropagation           0.9655        0.81
+    predictive coding         0.9649        1.34
+    ratio                     0.9994        1.66
+
 Shapes: B batch, P pixels, H hidden, C classes.
 """
 

@@ -2,7 +2,9 @@
 
     python recipes/regression.py
 
-The loss goes down to the variance of the noise, 0.01.
+4096 points of a sine with noise; 1 hidden layer of 64, Adam with a cosine schedule. On 2 CPU cores
+the 20 epochs take under 0.1 s, compilation before them some seconds. The last loss is 0.0105; the
+noise has a variance of 0.01.
 """
 
 import jax.numpy as jnp
