@@ -10,7 +10,7 @@ hidden ones down the energy (4 steps of gradient descent at 0.01); and then make
 (1e-3) on the weights, with the nodes held fixed. The prediction is u of the last layer.
 
 Test accuracy with seeds 0, 1, 2: 0.9649, 0.9643, 0.9643. What --compare prints at the end, on 2 CPU
-cores that had other work as well (the ratio of times was 1.3 to 1.7):
+cores that had other work as well (the ratio of times was 1.25 to 1.66):
 
                        test accuracy  s an epoch
     backpropagation           0.9655        0.81
