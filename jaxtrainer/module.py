@@ -55,6 +55,7 @@ class TrainModule:
     """
 
     model: Any = None
+    # Typed as `model` is: the methods that a user writes run only where there is one.
     run: Any = None
     automatic_optimization: bool = True
     _tracing: ClassVar[_Trace | None] = None
@@ -169,6 +170,10 @@ class TrainModule:
         """Record a scalar of the running step, or a number in a host hook.
 
         Nothing is fetched from the device until a report is due.
+
+        Under a private name, which begins with `_`, the value may be an array of any shape, such
+        as images. It is in no report: after the epoch or the evaluation hooks find its mean over
+        the batches in `run.arrays`, by the name of the series (`run.arrays["val/_images"]`).
 
         Args:
             name: Series name; the stage is put in front (`loss` in validation: `val/loss`).

@@ -235,3 +235,23 @@ def test_evaluation_of_an_untrained_module_says_so():
     trainer: Trainer = tiny.make_trainer(Watch())
     trainer.validate(Measure(), cut(make_data(8), 8), verbose=False)
     assert "fresh weights" in notices[0]
+
+
+class Pictures(Measure):
+    """Logs what the model makes of a batch, and keeps what it finds after the evaluation."""
+
+    def validation_step(self, model: Any, batch: Any) -> None:
+        self.log("_pictures", model(batch["x"]))
+
+    def on_validation_epoch_end(self, run: Run) -> None:
+        self.found = run.arrays["val/_pictures"]
+
+
+def test_array_under_a_private_name_is_in_run_arrays():
+    module = Pictures()
+    module.model = Scale(nnx.Rngs(0))
+    x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    metrics = tiny.make_trainer().validate(module, [{"x": x}, {"x": 3 * x}], verbose=False)
+    assert metrics == {}
+    # The mean of two batches of the same size.
+    np.testing.assert_allclose(module.found, 2 * 2 * x, rtol=ROUNDING)
