@@ -10,6 +10,7 @@ import pytest
 
 from jaxtrainer import Run, TrainModule
 from jaxtrainer.callbacks import Throughput
+from jaxtrainer.display.text import format_metrics
 from jaxtrainer.errors import ConfigError, OptionError
 from jaxtrainer.hooks import CallbackList
 from jaxtrainer.peaks import PEAKS, Arithmetic, peak_of
@@ -105,6 +106,18 @@ def test_tokens_are_those_of_the_samples(tokens: Any):
     driver = Driver(Throughput(tokens_per_sample=tokens))
     driver.train(2, 0.5)
     assert driver.report()["throughput/tokens_per_s"] == pytest.approx(2 * 8 * 5 / 0.5)
+
+
+@pytest.mark.parametrize(("tokens", "unit"), [(5, "tokens"), (None, "samples")])
+def test_bar_shows_rate_and_mfu_if_asked_to(tokens: int | None, unit: str):
+    driver = Driver(Throughput(tokens_per_sample=tokens, prog_bar=True))
+    shown = {"train/loss", f"throughput/{unit}_per_s", "throughput/mfu"}
+    assert driver.run.prog_bar == shown
+    assert format_metrics({"throughput/mfu": 0.31}) == "mfu=0.3100"
+
+
+def test_bar_shows_no_rate_by_default():
+    assert Driver(Throughput()).run.prog_bar == set()
 
 
 def test_operations_are_those_of_the_plan_by_default():

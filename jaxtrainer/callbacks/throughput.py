@@ -53,6 +53,7 @@ class Throughput(Callback):
         tokens_per_sample: Tokens of a sample, or a function of the first batch (NumPy) that
             returns them: `lambda batch: batch["tokens"].shape[1]`.
         peak_flops: Peak FLOP/s of one device; known for common ones, see `jaxtrainer.peaks`.
+        prog_bar: Show tokens (without them, samples) a second and MFU in the progress bar.
 
     Attributes:
         flops_per_batch: Operations of one batch on all devices; None where they are not known.
@@ -82,6 +83,7 @@ class Throughput(Callback):
         flops_per_sample: float | None = None,
         tokens_per_sample: float | Callable[[PyTree], float] | None = None,
         peak_flops: float | None = None,
+        prog_bar: bool = False,
     ) -> None:
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
             raise ConfigError(f"window must be a positive number of steps, got {window!r}.")
@@ -91,6 +93,7 @@ class Throughput(Callback):
         if not callable(tokens_per_sample):
             _positive("tokens_per_sample", tokens_per_sample)
         self.tokens_per_sample = tokens_per_sample
+        self.prog_bar = prog_bar
         self.flops_per_batch: float | None = None
         self._tokens: float | None = None
         self._total_peak: float | None = None
@@ -115,6 +118,11 @@ class Throughput(Callback):
         known = peak_of(devices[0].device_kind)
         peak = self.peak_flops or (known.of(_arithmetic(run.precision)) if known else None)
         self._total_peak = None if peak is None else peak * len(devices)
+        if self.prog_bar:
+            unit = "samples" if self._tokens is None else "tokens"
+            # The loss is shown where nothing else is; it is to stay.
+            run.prog_bar = run.prog_bar or {"train/loss"}
+            run.prog_bar |= {f"throughput/{unit}_per_s", "throughput/mfu"}
 
     def on_train_start(self, run: Run) -> None:
         """Start counting."""

@@ -64,7 +64,7 @@ def format_rate(rate: float | None) -> str:
 
 def short_name(name: str) -> str:
     """Return the name of a series as the bar shows it: `train/loss` is `loss`."""
-    return name.removeprefix("train/")
+    return name.removeprefix("train/").removeprefix("throughput/")
 
 
 def format_metrics(metrics: Mapping[str, float], widths: dict[str, int] | None = None) -> str:
