@@ -2,7 +2,7 @@
 
 none          no callback, no bar
 all           every callback but those whose docstrings say that they cost
-all, costly   those too: weight averaging, gradient monitor, saving, profiler's table
+all, costly   those too: weight averaging, gradient monitor, saving, finite check, profiler's table
 <name>        that one alone (full form only)
 
     PYTHONPATH=. python benchmarks/callbacks.py
@@ -37,7 +37,6 @@ def free(console: Console, folder: str) -> Makers:
         "LambdaCallback": lambda: callbacks.LambdaCallback(on_train_epoch_end=lambda run: None),
         "LearningRateMonitor": lambda: callbacks.LearningRateMonitor(schedule=lambda step: 1e-3),
         "ModelSummary": lambda: callbacks.ModelSummary(console=console),
-        "NonFinite": callbacks.NonFinite,
         "OnExceptionCheckpoint": lambda: callbacks.OnExceptionCheckpoint(f"{folder}/crash"),
         "PredictionWriter": lambda: callbacks.PredictionWriter(f"{folder}/predictions"),
         "ProgressBar": lambda: callbacks.ProgressBar(console=console),
@@ -54,6 +53,7 @@ def costly(console: Console, folder: str) -> Makers:
         "ConfusionMatrix": lambda: callbacks.ConfusionMatrix(10),
         "EMA": callbacks.EMA,
         "GradientMonitor": callbacks.GradientMonitor,
+        "NonFinite": callbacks.NonFinite,
         "Profiler": lambda: callbacks.Profiler(console=console),
     }
 

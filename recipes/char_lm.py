@@ -70,9 +70,7 @@ class Transformer(nnx.Module):
     def __call__(self, token_BT, caches=(), time=0):
         """Logits of the byte after each one, and the caches with the keys and values of these."""
         x_BTE = self.embed[token_BT] + self.places[time + jnp.arange(token_BT.shape[1])][None]
-        # In graph mode nnx.remat hands back all parameters, which looks like assigning to them.
-        remat = nnx.remat(Block.__call__, graph=False)
-        run = remat if self.remat and not caches else Block.__call__
+        run = nnx.remat(Block.__call__) if self.remat and not caches else Block.__call__
         after = []
         for block, cache in zip(self.blocks, caches or DEPTH * [None], strict=True):
             x_BTE, cache = run(block, x_BTE, cache, time)
