@@ -8,7 +8,10 @@
 The text is one file, mapped into memory and read at random places; a twentieth of it is kept for
 validation. The gradients of two batches make an update. `--precision bf16-mixed` computes in
 bfloat16; `--remat` computes the inside of a block again in the backward pass instead of keeping
-it. MFU is shown where the device's peak is known.
+it. MFU is shown where the device's peak is known. On 2 CPU cores it takes 8 minutes, at 10,000
+bytes a second. Seed 0 prints, at the end:
+
+    perplexity: 4.450, or 2.154 bits a byte
 
 Shapes: B batch, T time, S time of keys, E features, N heads, V bytes.
 """
