@@ -130,7 +130,8 @@ def test_a_resumed_run_reads_the_very_next_window(text):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_recipe_reaches_its_score(monkeypatch):
-    monkeypatch.undo()
+def test_recipe_reaches_its_score(tmp_path, monkeypatch):
+    monkeypatch.undo()  # to the sizes of the recipe
+    monkeypatch.chdir(tmp_path)
     perplexity: Any = char_lm.main([])
     assert perplexity <= 4.8
