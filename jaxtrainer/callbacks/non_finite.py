@@ -27,6 +27,8 @@ class NonFinite(Callback):
     Under accumulation the window is the mean of its other batches. Of a training step that makes
     its own updates the loss and the new parameters are looked at.
 
+    It costs: every gradient is read once more, 5 % of the epoch of a small network on a CPU.
+
     Args:
         policy: `"raise"` ends the run with a NonFiniteError. Since the first such batch nothing
             was trained, so that the module has the weights before it. The error names epoch, step
