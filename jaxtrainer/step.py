@@ -344,8 +344,10 @@ class _Traced:
         if updates is not None:
             updates.finish(after)
         elif training:
-            unheard = Recorder(self.stage, default_weight=float(rows))
-            refuse_changed_params(given, after, self.where, lambda given: run(given, unheard)[1])
+            # A recorder takes what is logged in the trace that it was made in.
+            refuse_changed_params(
+                given, after, self.where, lambda given: run(given, Recorder(self.stage))[1]
+            )
         refuse_kept(recorder.metrics, model, self.where)
         loss = outputs.get("loss", jnp.zeros(()))
         for traced in options.traced:

@@ -49,6 +49,18 @@ def test_model_inside_a_transform_trains_as_without(name: str, steps: int):
         np.testing.assert_allclose(tiny.params_of(inner)[path], leaf, rtol=1e-4, atol=1e-6)
 
 
+def test_step_with_such_a_model_may_log():
+    class Logs(tiny.Tiny):
+        def training_step(self, model: Any, batch: Any) -> Any:
+            outputs = super().training_step(model, batch)
+            self.log("double", 2 * outputs["loss"])
+            return outputs
+
+    result, _ = tiny.fit(module=Logs(inside(nnx.remat)), max_epochs=1)
+    metrics = result.metrics
+    assert metrics["train/double"] == pytest.approx(2 * metrics["train/loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_parameter_that_is_assigned_inside_a_transform_is_refused(name: str):
     class Assigns(tiny.Net):
