@@ -95,6 +95,7 @@ def test_a_byte_changes_no_logits_before_it(make_model):
     assert (before_BTV[0, 9] != after_BTV[0, 9]).any()
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(make_model):
     def loss(model):
         return model(random_tokens((2, 16)))[0].std()
@@ -120,6 +121,7 @@ def test_validation_windows_overlap_in_one_byte_only(text):
     np.testing.assert_array_equal(rows[:-1, -1], rows[1:, 0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_the_very_next_window(text):
     check_resume(
         lambda: Trainer(max_steps=6, accumulate_grad_batches=2, enable_progress_bar=False),
