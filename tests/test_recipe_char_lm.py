@@ -16,16 +16,11 @@ from jaxtrainer.testing import check_resume
 
 
 @pytest.fixture(autouse=True)
-def shrunk(tmp_path, monkeypatch):
+def shrunk(in_tmp_path, monkeypatch):
     """A model of a few hundred parameters, and runs and programs kept nowhere else."""
     sizes = {"DEPTH": 2, "FEATURES": 8, "HEADS": 2, "WINDOW": 16, "BATCH": 8, "VALIDATED": 8}
     for name, size in sizes.items():
         monkeypatch.setattr(char_lm, name, size)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = jax.config.values["jax_compilation_cache_dir"]
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture

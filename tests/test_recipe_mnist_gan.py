@@ -1,6 +1,5 @@
 """The GAN recipe: one step on noise, its two optimisers, its distance, its score."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,16 +9,12 @@ from mnist_gan import MnistGAN, frechet_distance
 
 
 @pytest.fixture
-def noise_digits(tmp_path, monkeypatch):
+def noise_digits(in_tmp_path, monkeypatch):
     """Both splits are the same 64 pictures of noise; files are kept nowhere else."""
     images = np.random.default_rng(0).integers(0, 256, (64, 28, 28), np.uint8)
     monkeypatch.setattr(mnist_gan, "load_mnist", lambda: ({"image": images}, {"image": images}))
     monkeypatch.setattr(mnist_gan, "NUM_SCORED", 1000)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = jax.config.values["jax_compilation_cache_dir"]
-    yield images
-    jax.config.update("jax_compilation_cache_dir", before)
+    return images
 
 
 def test_recipe_trains_scores_and_draws_each_epoch(noise_digits, capsys):

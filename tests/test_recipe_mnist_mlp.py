@@ -4,7 +4,6 @@ import json
 import re
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,14 +14,7 @@ from mnist_image import ImageError, drawing, read_digit
 SHRUNK = ["--epochs", "1", "--batch-size", "64", "--hidden-dim", "8"]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    """Runs, and programs compiled on the way, are kept nowhere else."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = jax.config.values["jax_compilation_cache_dir"]
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 @pytest.fixture
