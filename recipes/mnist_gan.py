@@ -18,6 +18,8 @@ Shapes: B batch, Z noise, P pixels.
 """
 
 import argparse
+import itertools
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -37,37 +39,30 @@ NUM_SHOWN, COLUMNS = 100, 10
 NUM_SCORED = 10_000
 
 
-class Generator(nnx.Module):
-    def __init__(self, hidden_dim, rngs):
-        self.first = nnx.Linear(NOISE_DIM, hidden_dim // 2, rngs=rngs)
-        self.first_norm = nnx.BatchNorm(hidden_dim // 2, rngs=rngs)
-        self.second = nnx.Linear(hidden_dim // 2, hidden_dim, rngs=rngs)
-        self.second_norm = nnx.BatchNorm(hidden_dim, rngs=rngs)
-        self.last = nnx.Linear(hidden_dim, NUM_PIXELS, rngs=rngs)
+def make_generator(hidden_dim, rngs):
+    return nnx.Sequential(
+        nnx.Linear(NOISE_DIM, hidden_dim // 2, rngs=rngs),
+        nnx.BatchNorm(hidden_dim // 2, rngs=rngs),
+        nnx.relu,
+        nnx.Linear(hidden_dim // 2, hidden_dim, rngs=rngs),
+        nnx.BatchNorm(hidden_dim, rngs=rngs),
+        nnx.relu,
+        nnx.Linear(hidden_dim, NUM_PIXELS, rngs=rngs),
+        nnx.sigmoid,
+    )
 
-    def __call__(self, z_BZ):
-        h_BH = nnx.relu(self.first_norm(self.first(z_BZ)))
-        h_BH = nnx.relu(self.second_norm(self.second(h_BH)))
-        return nnx.sigmoid(self.last(h_BH))
 
-
-class Critic(nnx.Module):
-    def __init__(self, hidden_dim, rngs):
-        self.first = nnx.Linear(NUM_PIXELS, hidden_dim, rngs=rngs)
-        self.second = nnx.Linear(hidden_dim, hidden_dim // 2, rngs=rngs)
-        self.last = nnx.Linear(hidden_dim // 2, 1, rngs=rngs)
-        self.dropout = nnx.Dropout(0.3, rngs=rngs)
-
-    def __call__(self, x_BP):
-        h_BH = self.dropout(nnx.leaky_relu(self.first(x_BP), 0.2))
-        h_BH = self.dropout(nnx.leaky_relu(self.second(h_BH), 0.2))
-        return self.last(h_BH)[:, 0]
+def make_critic(hidden_dim, rngs):
+    sizes = itertools.pairwise([NUM_PIXELS, hidden_dim, hidden_dim // 2, 1])
+    first, second, last = (nnx.Linear(*pair, rngs=rngs) for pair in sizes)
+    leak, dropout = partial(nnx.leaky_relu, negative_slope=0.2), nnx.Dropout(0.3, rngs=rngs)
+    return nnx.Sequential(first, leak, dropout, second, leak, dropout, last)
 
 
 class GAN(nnx.Module):
     def __init__(self, hidden_dim, rngs):
-        self.generator = Generator(hidden_dim, rngs)
-        self.critic = Critic(hidden_dim, rngs)
+        self.generator = make_generator(hidden_dim, rngs)
+        self.critic = make_critic(hidden_dim, rngs)
 
 
 class MnistGAN(TrainModule):
@@ -82,10 +77,7 @@ class MnistGAN(TrainModule):
 
     def configure_optimizers(self):
         adam = optax.adam(self.learning_rate, b1=0.5)
-        return {
-            "critic": Optimizer(adam, wrt="critic"),
-            "generator": Optimizer(adam, wrt="generator"),
-        }
+        return {name: Optimizer(adam, wrt=name) for name in ("critic", "generator")}
 
     def training_step(self, model, batch):
         x_BP = batch["image"]
