@@ -19,6 +19,7 @@ LEVELS = {
     "jaxtrainer.types": 0,
     "jaxtrainer.vocabulary": 0,
     "jaxtrainer.handed": 0,
+    "jaxtrainer.collectives": 0,
     "jaxtrainer.arrays": 1,
     "jaxtrainer.cache": 1,
     "jaxtrainer.control": 1,
