@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtrainer.errors import ConfigError, OptionError
 from jaxtrainer.every import Every
 from jaxtrainer.precision import Precision
+from jaxtrainer.remat import Remat
 from jaxtrainer.run import Limits
 from jaxtrainer.types import Clock
 
@@ -35,6 +36,8 @@ class Options:
     clip_value: float | None
     clip_algorithm: str
     precision: Precision
+    matmul_precision: str | None
+    remat: Remat
     mesh: Mapping[str, int] | Mesh | None
     steps_per_dispatch: int | str
     deterministic: bool

@@ -24,6 +24,7 @@ from jaxtrainer.evaluation import (
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.flops import ModuleFlops, module_flops
 from jaxtrainer.guard import Guard
+from jaxtrainer.loss_scale import loss_scale
 from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import thaw
 from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
@@ -70,6 +71,8 @@ class TracedStep:
         guard: Guard | None = None,
     ) -> None:
         options, init = session.options, session.initializer
+        if options.precision.loss_scale is not None:
+            guard = replace(guard or Guard(), loss_scale=options.precision.loss_scale)
         self.rows = spec.rows
         optimizer = OptimizerOptions(
             optimizers=_optimizers(session),
@@ -89,7 +92,7 @@ class TracedStep:
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
-        self.options = step_options(session, spec, transform, capacity)
+        self.options = step_options(session, spec, transform, capacity, is_trained=True)
         of_step = self.options, optimizer, without_totals
         self._build = functools.partial(
             build_train_step, *of_step, averaging=averaging, guard=guard
@@ -148,7 +151,7 @@ class TracedStep:
         """Return what counts the operations of each module on a device; it keeps no arrays."""
         state, count = self.target, self.target.batch_count
         of_state = state.params, state.model_state, self._batch, state.rng, count, state.opt_state
-        given = self.options, self.optimizer, (*of_state, count)
+        given = self.options, self.optimizer, (*of_state, count, loss_scale(state))
         return lambda: _flops_by_module(*given, num_devices)
 
     def lower(self, fn: Callable[..., Any]) -> Any:
