@@ -264,6 +264,7 @@ def step_options(
         adapter=with_calls(session.initializer, session.options, is_trained=is_trained),
         precision=session.options.precision,
         matmul_precision=session.options.matmul_precision,
+        offloads=is_trained and session.options.offload_optimizer,
         traced=session.hooks.traced,
         transform=transform,
         resident=spec.resident is not None,

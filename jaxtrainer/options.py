@@ -38,6 +38,7 @@ class Options:
     precision: Precision
     matmul_precision: str | None
     remat: Remat
+    offload_optimizer: bool
     mesh: Mapping[str, int] | Mesh | None
     steps_per_dispatch: int | str
     deterministic: bool
@@ -60,6 +61,15 @@ class Options:
         if check_count("seed", self.seed, 0) >= 2**32:
             raise ConfigError(f"seed must be below 2**32, got {self.seed!r}.")
         check_steps_per_dispatch(self.steps_per_dispatch)
+        if not isinstance(self.offload_optimizer, bool):
+            raise ConfigError(
+                f"offload_optimizer must be True or False, got {self.offload_optimizer!r}."
+            )
+        if self.offload_optimizer and self.steps_per_dispatch != 1:
+            raise ConfigError(
+                f"offload_optimizer=True with steps_per_dispatch={self.steps_per_dispatch!r}: "
+                "between fused steps the state would stay on the device; leave one of them out."
+            )
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}.")
         check_count("max_recompiles", self.max_recompiles, 0)

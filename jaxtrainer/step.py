@@ -26,6 +26,7 @@ from jaxtrainer.loss_scale import loss_scale, scaled_grad
 from jaxtrainer.manual import Updates, refuse_changed_params
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, step_name, tracing
+from jaxtrainer.offload import to_device, to_host
 from jaxtrainer.optim import join
 from jaxtrainer.outputs import (
     batch_weight,
@@ -50,6 +51,8 @@ class StepOptions:
         traced: Traced parts of the callbacks.
         arguments: What the user's step gets beside model and batch: the loader's name.
         matmul_precision: Of matrix products: see `Trainer`; None leaves it to JAX.
+        offloads: Whether the optimiser's state comes from the host, and goes back there. Then
+            steps run one by one.
     """
 
     module: TrainModule
@@ -61,6 +64,7 @@ class StepOptions:
     capacity: int = 1
     arguments: Mapping[str, str] = field(default_factory=dict)
     matmul_precision: str | None = None
+    offloads: bool = False
 
 
 @dataclass(kw_only=True)
@@ -178,7 +182,11 @@ def build_train_step(
         i = control[START]
         batch = _take(options, resident, chunk, i)
         state = with_totals(state, control)
+        if options.offloads:
+            state = state._replace(opt_state=to_device(state.opt_state))
         state, row = one_step(state, batch, control[EPOCH], control[APPLY + i], True)
+        if options.offloads:
+            state = state._replace(opt_state=to_host(state.opt_state))
         return state, row[None]
 
     @_with_matmuls(options)

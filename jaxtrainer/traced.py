@@ -27,6 +27,7 @@ from jaxtrainer.guard import Guard
 from jaxtrainer.loss_scale import loss_scale
 from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import thaw
+from jaxtrainer.offload import hosted, refuse_offload
 from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
 from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
@@ -91,7 +92,11 @@ class TracedStep:
         make_state, self.init_arguments = init.state_fn(optimizer, averaging, guard)
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
-        self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
+        kept = without_totals
+        if options.offload_optimizer:
+            refuse_offload(session.mesh)
+            kept = kept._replace(opt_state=hosted(kept.opt_state))
+        self.init = jax.jit(make_state, out_shardings=shardings(kept))
         self.options = step_options(session, spec, transform, capacity, is_trained=True)
         of_step = self.options, optimizer, without_totals
         self._build = functools.partial(
@@ -100,7 +105,7 @@ class TracedStep:
         self.spec = spec
         self._batch = batch_spec(spec, session.mesh, spec.rows)
         self.program = self._build(self._batch)
-        self.target = without_totals._replace(totals=totals_spec(session, self.program))
+        self.target = kept._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
             spec.resident,

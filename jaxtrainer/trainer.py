@@ -83,6 +83,9 @@ class Trainer:
             their paths: `"blocks/*"`, or with what to keep by a name of `jax.checkpoint_policies`
             or one of its policies, `{"blocks/*": "dots_with_no_batch_dims_saveable"}`. Of nested
             modules that a pattern covers the outermost counts. NNX models only.
+        offload_optimizer: Keep the optimiser's state in the host's memory between steps, and copy
+            it to the device and back in each, so that the memory of activations can be used for
+            it. Steps run one by one then.
         mesh: Device mesh as axis sizes; `{"data": -1}`, all devices, is the default.
         steps_per_dispatch: Steps that one call of the compiled program runs at most, or
             `"auto"`: found by measurement at the start, so that two processes may differ in it,
@@ -141,6 +144,7 @@ class Trainer:
         precision: str | int | Precision = "32-true",
         matmul_precision: str | None = None,
         remat: str | Iterable[str] | Mapping[str, Any] | None = None,
+        offload_optimizer: bool = False,
         mesh: Mapping[str, int] | Mesh | None = None,
         steps_per_dispatch: int | Literal["auto"] = "auto",
         deterministic: bool = False,
@@ -160,7 +164,7 @@ class Trainer:
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
             overfit_batches = None
-        if deterministic and steps_per_dispatch == "auto":
+        if (deterministic or offload_optimizer is True) and steps_per_dispatch == "auto":
             steps_per_dispatch = 1
         refuse_url("default_root_dir", default_root_dir)
         chosen = parse_precision(precision)
@@ -198,6 +202,7 @@ class Trainer:
             precision=chosen,
             matmul_precision=check_matmul_precision(matmul_precision),
             remat=parse_remat(remat),
+            offload_optimizer=offload_optimizer,
             mesh=mesh,
             steps_per_dispatch=steps_per_dispatch,
             deterministic=deterministic,

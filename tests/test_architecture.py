@@ -36,6 +36,7 @@ LEVELS = {
     "jaxtrainer.metrics": 1,
     "jaxtrainer.modules": 1,
     "jaxtrainer.casts": 1,
+    "jaxtrainer.offload": 1,
     "jaxtrainer.patterns": 1,
     "jaxtrainer.peaks": 1,
     "jaxtrainer.remat": 1,
