@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxtrainer.module import TrainModule
     from jaxtrainer.optim import Optimizer
     from jaxtrainer.parts import build_step
+    from jaxtrainer.precision import LossScale, Precision
     from jaxtrainer.pretrained import load_params
     from jaxtrainer.result import FitResult
     from jaxtrainer.run import History, Run
@@ -28,7 +29,9 @@ __all__ = [
     "Every",
     "FitResult",
     "History",
+    "LossScale",
     "Optimizer",
+    "Precision",
     "Run",
     "TrainModule",
     "Trainer",
@@ -47,7 +50,9 @@ _HOMES = {
     "Every": "every",
     "FitResult": "result",
     "History": "run",
+    "LossScale": "precision",
     "Optimizer": "optim",
+    "Precision": "precision",
     "Run": "run",
     "TrainModule": "module",
     "Trainer": "trainer",

@@ -42,7 +42,7 @@ ITEMS = ("params", "model_state", "opt_state", "accumulated", "averaged", "guard
 _OPTIONAL = {
     "accumulated": "accumulate_grad_batches",
     "averaged": "averaged weights; pass the same EMA or StochasticWeightAveraging, or none",
-    "guard": "the counters of a NonFinite; pass the same one, or none",
+    "guard": "the counters of a NonFinite, or of precision '16-mixed'; pass the same, or none",
 }
 """Items that not every run has, and what decides it."""
 

@@ -27,6 +27,7 @@ from jaxtrainer.programs import (
     control_spec,
     spec_in_chunk,
     specs_of_chunk,
+    with_calls,
 )
 from jaxtrainer.session import Session
 from jaxtrainer.shapes import Shape, described, shape_of
@@ -242,6 +243,8 @@ def step_options(
     transform: Any,
     capacity: int,
     arguments: Mapping[str, str] | None = None,
+    *,
+    is_trained: bool = False,
 ) -> StepOptions:
     """Return what a traced step of the session is made from.
 
@@ -251,12 +254,18 @@ def step_options(
         transform: What the loader wants done on the device, if anything.
         capacity: Batches a chunk holds.
         arguments: What the user's step gets beside model and batch.
+        is_trained: Whether the step is differentiated, so that remat has a meaning.
+
+    Raises:
+        ConfigError: For patterns that match nothing in the model.
     """
     return StepOptions(
         module=session.module,
-        adapter=session.initializer.adapter,
+        adapter=with_calls(session.initializer, session.options, is_trained=is_trained),
         precision=session.options.precision,
         layout=session.layout,
+        matmul_precision=session.options.matmul_precision,
+        offloads=is_trained and session.options.offload_optimizer,
         traced=session.hooks.traced,
         transform=transform,
         resident=spec.resident is not None,

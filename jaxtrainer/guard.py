@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrainer.loss_scale import init_scale, rescale
 from jaxtrainer.metrics import MetricSpec
+from jaxtrainer.precision import LossScale
 from jaxtrainer.state import Nested, TrainState, named_leaves
 from jaxtrainer.types import Array, PyTree
 
 SKIPPED, NON_FINITE = "train/skipped_batches", "train/_non_finite"
+LOSS_SCALE = "train/loss_scale"
 _HIGH, _LOW = "train/_frozen_high", "train/_frozen_low"
 _SPLIT = 1 << 20
 """A row is float32, exact up to 2**24 only: the index of a batch travels in two parts."""
@@ -43,11 +46,14 @@ class Guard:
         spike_z: Leave out a batch whose gradients' norm is that many standard deviations above
             its running mean, too; None does not.
         warm_up: Batches whose norms are only learnt from.
+        loss_scale: How the loss is scaled, if it is. A batch that is not finite while the scale
+            can still fall is one of its overflows: left out, and counted with no other.
     """
 
     max_skips: int = 0
     spike_z: float | None = None
     warm_up: int = 100
+    loss_scale: LossScale | None = None
 
 
 class Verdict(NamedTuple):
@@ -67,13 +73,13 @@ class Verdict(NamedTuple):
 def init_guard(guard: Guard | None) -> Nested:
     """Return the guard's state: counters, `[]` int32, and moments of the norm, `[]` float32.
 
-    `frozen` is the index of the batch that froze the state, plus one; 0 for none.
+    With a loss scale it is there too. `frozen` is the index of the batch that froze the state, plus one; 0 for none.
     """
     if guard is None:
         return {}
     counters = ("skipped", "non_finite", "frozen")
     moments = {k: jnp.float32(0) for k in ("mean", "variance")} | {"seen": jnp.int32(0)}
-    state: Nested = {k: jnp.int32(0) for k in counters}
+    state: Nested = {k: jnp.int32(0) for k in counters} | init_scale(guard.loss_scale)
     return state if guard.spike_z is None else state | moments
 
 
@@ -99,14 +105,22 @@ def judge(
     """
     before = state.guard
     was_frozen = before["frozen"] > 0
-    counts = ~all_finite((loss, changes)) & ~is_known & ~was_frozen
+    is_asked = ~is_known & ~was_frozen
+    counts = ~all_finite((loss, changes)) & is_asked
+    overflows = jnp.zeros((), bool)
+    if guard.loss_scale is not None:
+        overflows = counts & (before["scale"] > guard.loss_scale.min_scale)
+        counts = counts & ~overflows
     non_finite = before["non_finite"] + counts.astype(jnp.int32)
     freezes = counts & (non_finite > guard.max_skips)
     frozen = jnp.where(freezes, state.batch_count + 1, before["frozen"])
-    out = counts | is_known | was_frozen
+    out = counts | overflows | is_known | was_frozen
     moments: Nested = {}
+    if guard.loss_scale is not None:
+        moments = rescale(guard.loss_scale, before, overflows, is_asked & ~out)
     if guard.spike_z is not None:
-        out, moments = _without_spikes(guard, before, _norm(changes), out)
+        out, of_norm = _without_spikes(guard, before, _norm(changes), out)
+        moments |= of_norm
     is_frozen = frozen > 0
     skipped = before["skipped"] + (out & ~is_frozen).astype(jnp.int32)
     after = {"skipped": skipped, "non_finite": non_finite, "frozen": frozen}
@@ -159,11 +173,13 @@ def guard_specs(guard: Guard | None) -> tuple[MetricSpec, ...]:
     """Return what the guard reports, in the order of `guard_row`."""
     if guard is None:
         return ()
-    skips = guard.max_skips > 0 or guard.spike_z is not None
+    is_scaled = guard.loss_scale is not None
+    skips = guard.max_skips > 0 or guard.spike_z is not None or is_scaled
     names = (*([SKIPPED] if skips else ()), NON_FINITE, _HIGH, _LOW)
-    # Counters only grow: the largest of an epoch is the last.
-    how: Any = {"reduce": "max", "prog_bar": False, "on_step": True, "on_epoch": True}
-    return tuple(MetricSpec(name=name, **how) for name in names)
+    how: Any = {"prog_bar": False, "on_step": True, "on_epoch": True}
+    # Counters only grow: the largest of an epoch is the last. Of scales the lowest tells.
+    scale = [MetricSpec(name=LOSS_SCALE, reduce="min", **how)] if is_scaled else []
+    return (*(MetricSpec(name=name, reduce="max", **how) for name in names), *scale)
 
 
 def guard_row(specs: tuple[MetricSpec, ...], state: Nested) -> Array:
@@ -172,7 +188,8 @@ def guard_row(specs: tuple[MetricSpec, ...], state: Nested) -> Array:
         return jnp.zeros((0,), jnp.float32)
     high, low = state["frozen"] // _SPLIT, state["frozen"] % _SPLIT
     values = {SKIPPED: state["skipped"], NON_FINITE: state["non_finite"], _HIGH: high, _LOW: low}
-    return jnp.stack([values[spec.name] for spec in specs]).astype(jnp.float32)
+    values[LOSS_SCALE] = state.get("scale")
+    return jnp.stack([values[spec.name].astype(jnp.float32) for spec in specs])
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -34,9 +34,18 @@ def _through(call: Any, index: int) -> Any:
     """Return the argument of a call that one of its results is; None if it is none of them."""
     called = call.params.get("jaxpr")
     inner = called.jaxpr if isinstance(called, ClosedJaxpr) else called
-    # Of a loop the arguments stand for many values.
-    if call.primitive.name == "scan" or not isinstance(inner, Jaxpr):
+    if not isinstance(inner, Jaxpr):
         return None
     origin = _origin(inner, inner.outvars[index])
     places = [i for i, var in enumerate(inner.invars) if var is origin]
+    if places and call.primitive.name == "scan":
+        places = places if _is_same_of_all(call.params, places[0], index) else []
     return call.invars[places[0]] if places else None
+
+
+def _is_same_of_all(scan: Any, given: int, result: int) -> bool:
+    """Return whether a result of a loop's body that is its argument is so for the whole loop."""
+    # What each turn hands on to the next is; so is each slice that is stacked again.
+    first, num_carry = scan["num_consts"], scan["num_carry"]
+    is_slice = given >= first + num_carry and result >= num_carry
+    return is_slice or (result < num_carry and given == first + result)

@@ -33,6 +33,7 @@ class Lineup:
     Args:
         given: A callback or several.
         with_bar: Add a `ProgressBar` if there is none.
+        with_guard: Add a `NonFinite` if there is none.
         saves: Keep the callbacks that write files, or look for sizes and rates.
         root: Directory that their relative directories are in.
 
@@ -40,12 +41,16 @@ class Lineup:
         ConfigError: For what is no callback, or two that would keep their state under one name.
     """
 
-    def __init__(self, given: Any, *, with_bar: bool, saves: bool, root: Path) -> None:
+    def __init__(
+        self, given: Any, *, with_bar: bool, saves: bool, root: Path, with_guard: bool = False
+    ) -> None:
         self.saves = saves
         self.root = root
         self.callbacks = self._checked(given)
         if with_bar and not any(isinstance(c, ProgressBar) for c in self.callbacks):
             self.callbacks.append(ProgressBar())
+        if with_guard and not any(isinstance(c, NonFinite) for c in self.callbacks):
+            self.callbacks += self._checked(NonFinite())
         _check_keys(self.callbacks)
 
     def for_module(self, module: TrainModule) -> list[Callback]:

@@ -15,6 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from jaxtrainer.errors import ConfigError, StepError, did_you_mean
 from jaxtrainer.handed import handed_back
+from jaxtrainer.loss_scale import scaled_grad
 from jaxtrainer.optim import Optimizer, owners, select
 from jaxtrainer.outputs import scalar_loss
 from jaxtrainer.precision import Precision
@@ -57,8 +58,10 @@ class Updates:
         params: As they are kept, before the step.
         opt_state: By name of the optimiser, before the step.
         epoch: Index of the epoch: `[]`, int32.
+        scale: Of the loss, for its derivative: `[]`, float32; None for none.
 
     Attributes:
+        checked: What must be finite for the updates to count, beside the parameters.
         given: The parameters as the step's model has them at first.
         model: The model after the latest update; to be set to the one that the step gets.
         opt_state: By name, after the latest update.
@@ -73,8 +76,9 @@ class Updates:
         params: Nested,
         opt_state: Mapping[str, PyTree],
         epoch: Array,
+        scale: Array | None = None,
     ) -> None:
-        self.given = precision.cast_to_compute(params)
+        self.given = precision.cast_params(params)
         self.model: Any = None
         self.opt_state = dict(opt_state)
         self._all = options.optimizers
@@ -82,6 +86,8 @@ class Updates:
         self._precision = precision
         self._where = where
         self._epoch = epoch
+        self._scale = scale
+        self.checked: list[Array] = []
         self._kept = dict(flat_items(params))
         self._shown = dict(flat_items(self.given))
         self._replaced: list[Any] = []
@@ -102,7 +108,7 @@ class Updates:
         where = f"the loss function of {self._where}"
 
         def value(owned: Nested) -> tuple[Array, Any]:
-            shown = dict(flat_items(self._precision.cast_to_compute(owned)))
+            shown = dict(flat_items(self._precision.cast_params(owned)))
             given = nest({**self._shown, **shown})
 
             def run(given: Nested) -> tuple[Any, Nested, Nested]:
@@ -117,7 +123,10 @@ class Updates:
             return loss, (aux, changed)
 
         owned = select(self.params, owners(optimizers))
-        (loss, (aux, after)), grads = jax.value_and_grad(value, has_aux=True)(owned)
+        (loss, (aux, after)), grads = scaled_grad(value, self._scale)(owned)
+        if self._scale is not None:
+            # A transformation may make finite updates of what is not (`optax.zero_nans`).
+            self.checked += jax.tree.leaves(grads)
         model = self._apply(optimizers, model, after, grads, value=loss)
         return ((loss, aux) if has_aux else loss), model
 
@@ -126,6 +135,12 @@ class Updates:
     ) -> Any:
         """See `TrainModule.apply_gradients`."""
         optimizers = self._find(name, "apply_gradients")
+        if self._scale is not None:
+            raise StepError(
+                f"{self._where} calls apply_gradients with gradients of its own, and with "
+                "precision '16-mixed' the loss has to be scaled for them: call `loss, model = "
+                "self.minimize(loss_fn, model)`, which does, or use `precision='bf16-mixed'`."
+            )
         model_state = self._read(model, "apply_gradients(model, grads)")
         found = named_leaves(grads)
         owned = nest({path: self._grad(found, path) for path in owners(optimizers)})
@@ -159,7 +174,7 @@ class Updates:
             change = update_owned(optimizer, params, state, grads, self._epoch, **extra)
             self.opt_state[name] = change.state
             self._kept.update(flat_items(change.params))
-            self._shown.update(flat_items(self._precision.cast_to_compute(change.params)))
+            self._shown.update(flat_items(self._precision.cast_params(change.params)))
         self.model = self._adapter.write(model, nest(self._shown), model_state)
         if self.model is not model:
             self._replaced += before

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from jaxtrainer.errors import ConfigError, did_you_mean
+from jaxtrainer.precision import wide, widened
 from jaxtrainer.state import Nested, flat_items, nest
 from jaxtrainer.types import Array, PyTree
 
@@ -191,9 +192,9 @@ def clip(grads: PyTree, limit: float, algorithm: str) -> tuple[PyTree, Array | N
     """
     if algorithm == "value":
         return jax.tree.map(lambda g: jnp.clip(g, -limit, limit), grads), None
-    norm = optax.tree.norm(grads)
+    norm = optax.tree.norm(widened(grads))
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
-    return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), norm
+    return jax.tree.map(lambda g: (g.astype(wide(g.dtype)) * scale).astype(g.dtype), grads), norm
 
 
 def _owned(wrt: Any, variables: Variables, where: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtrainer.errors import ConfigError, OptionError
 from jaxtrainer.every import Every
 from jaxtrainer.precision import Precision
+from jaxtrainer.remat import Remat
 from jaxtrainer.run import Limits
 from jaxtrainer.types import Clock
 
@@ -35,6 +36,9 @@ class Options:
     clip_value: float | None
     clip_algorithm: str
     precision: Precision
+    matmul_precision: str | None
+    remat: Remat
+    offload_optimizer: bool
     mesh: Mapping[str, int] | Mesh | None
     sharding: Any
     steps_per_dispatch: int | str
@@ -58,6 +62,15 @@ class Options:
         if check_count("seed", self.seed, 0) >= 2**32:
             raise ConfigError(f"seed must be below 2**32, got {self.seed!r}.")
         check_steps_per_dispatch(self.steps_per_dispatch)
+        if not isinstance(self.offload_optimizer, bool):
+            raise ConfigError(
+                f"offload_optimizer must be True or False, got {self.offload_optimizer!r}."
+            )
+        if self.offload_optimizer and self.steps_per_dispatch != 1:
+            raise ConfigError(
+                f"offload_optimizer=True with steps_per_dispatch={self.steps_per_dispatch!r}: "
+                "between fused steps the state would stay on the device; leave one of them out."
+            )
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}.")
         check_count("max_recompiles", self.max_recompiles, 0)

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from jaxtrainer.display.text import format_bytes, format_count
 from jaxtrainer.flops import ModuleFlops
+from jaxtrainer.offload import is_hosted
 from jaxtrainer.state import TrainState, flat_items, size_of
 
 
@@ -30,7 +31,7 @@ class Plan:
         num_params: Trainable numbers.
         param_bytes: Bytes of the parameters, all devices' copies counted once.
         state_bytes: Bytes of the whole training state, optimiser included.
-        device_bytes: Bytes of the state on one device.
+        device_bytes: Bytes of the state on one device, without what is kept on the host.
         flops: Floating-point operations of one step on one device, as XLA counts them in the
             program before its own optimisation, so that the figure is that of the step on every
             backend. The body of a loop (`lax.scan`) counts once, and a custom kernel not at all.
@@ -161,7 +162,7 @@ def plan_of(
         num_params=num_params,
         param_bytes=param_bytes,
         state_bytes=size_of(target)[1],
-        device_bytes=sum(_shard_bytes(x) for x in jax.tree.leaves(target)),
+        device_bytes=sum(_shard_bytes(x) for x in jax.tree.leaves(target) if not is_hosted(x)),
         flops=float(flops) / num_devices,
         bytes_accessed=float(cost.get("bytes accessed", float("nan"))),
         peak_bytes=peak_bytes_of(compiled),

@@ -17,16 +17,30 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxtrainer.averaging import Averaging, init_average
+from jaxtrainer.casts import cast_calls
 from jaxtrainer.checks import configured_model
 from jaxtrainer.control import APPLY
+from jaxtrainer.errors import ConfigError
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.guard import Guard, init_guard
 from jaxtrainer.layout import Layout
 from jaxtrainer.module import TrainModule
+from jaxtrainer.options import Options
+from jaxtrainer.patterns import refuse_unmatched
 from jaxtrainer.precision import Precision
-from jaxtrainer.scopes import NamedModules
+from jaxtrainer.remat import remat_calls
+from jaxtrainer.scopes import NamedModules, WrappedCalls
 from jaxtrainer.sharding import batch_sharding, on_mesh, replicated
-from jaxtrainer.state import Adapter, Nested, TrainState, abstract, adapter_for, size_of
+from jaxtrainer.state import (
+    Adapter,
+    Nested,
+    NNXAdapter,
+    TrainState,
+    abstract,
+    adapter_for,
+    flat_items,
+    size_of,
+)
 from jaxtrainer.step import StepOptions, step_fn
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, init_opt_state
@@ -100,6 +114,36 @@ class Initializer:
         """Return XLA options for programs that run once."""
         small = size_of(self.params)[0] <= _SMALL_MODEL
         return {"xla_backend_optimization_level": 0} if small else {}
+
+
+def with_calls(init: Initializer, options: Options, *, is_trained: bool) -> Adapter:
+    """Return the model's adapter, its modules called as precision and remat say.
+
+    Args:
+        init: Of the model.
+        options: Of the trainer.
+        is_trained: Whether the step is differentiated.
+
+    Raises:
+        ConfigError: For patterns that match nothing in the model, or a model without modules.
+    """
+    overrides, remat = options.precision.overrides, options.remat
+    if not overrides and not remat:
+        return init.adapter
+    modules, names = init.adapter.types, [name for name, _ in flat_items(init.params)]
+    given = "Precision(overrides=...)" if overrides else "remat"
+    if not isinstance(init.adapter, NNXAdapter):
+        raise ConfigError(
+            f"{given} stands around the calls of `nnx.Module`s, and the model is none. Leave it "
+            "out, and write `jax.checkpoint` or the casts into the model."
+        )
+    refuse_unmatched("Precision(overrides=...)", overrides, [*modules, *names])
+    refuse_unmatched("remat", remat, modules)
+    arounds = [cast_calls(options.precision)] if overrides else []
+    if remat and is_trained:
+        arounds.append(remat_calls(remat, modules))
+    adapter: Any = WrappedCalls(init.adapter, arounds)
+    return adapter
 
 
 def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:

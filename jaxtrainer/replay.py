@@ -18,6 +18,7 @@ from jaxtrainer.data import IndexedSource, as_host_batch, num_rows
 from jaxtrainer.feed import Feed
 from jaxtrainer.forensics import Finding, first_non_finite, names_of
 from jaxtrainer.guard import num_trained
+from jaxtrainer.loss_scale import loss_scale
 from jaxtrainer.module import thaw
 from jaxtrainer.programs import named_step
 from jaxtrainer.session import Session
@@ -25,7 +26,7 @@ from jaxtrainer.sharding import batch_sharding, place
 from jaxtrainer.step import StepOptions
 from jaxtrainer.update import OptimizerOptions
 
-_ARGUMENTS = ("params", "model_state", "batch", "rng", "batch_count", "opt_state", "epoch")
+_ARGUMENTS = ("params", "model_state", "batch", "rng", "batch_count", "opt_state", "epoch", "scale")
 _OUTPUTS = ("gradients", "loss", "model_state", "row", "weights", "weight")
 
 
@@ -115,7 +116,7 @@ class Replay:
         index = np.int32(epoch if self.counts_epochs else 0)
         arguments = (
             *(state.params, state.model_state, batch, state.rng, count, state.opt_state),
-            index,
+            *(index, loss_scale(state)),
         )
         closed, shapes = self._traced(arguments)
         inputs = [

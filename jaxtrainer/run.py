@@ -166,6 +166,7 @@ class Run:
         state: The `TrainState` on the device; the arrays live until the next dispatch.
         arrays: Latest epoch value of every private series that is an array, see `Recorder.log`.
         precision: Name of the trainer's precision.
+        matmul_precision: The trainer's option; None where JAX's own holds.
         state_bytes: Bytes that a checkpoint holds; 0 before the training step is traced.
         make_plan: Makes `plan`; set when the training step is compiled.
         left_out: Indices in the run of the batches that are to change nothing.
@@ -211,6 +212,7 @@ class Run:
     cache_misses: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     precision: str = "32-true"
+    matmul_precision: str | None = None
     state_bytes: int = 0
     make_plan: Callable[[], Any] | None = None
     left_out: set[int] = field(default_factory=set)

@@ -89,6 +89,7 @@ class Session:
         self.data = None if datamodule is None else DataHooks(datamodule, data_stage)
         self.run = Run(limits=options.limits, clock=options.clock, stage=stage)
         self.run.precision = options.precision.name
+        self.run.matmul_precision = options.matmul_precision
         data = () if self.data is None else (self.data,)
         self.hooks = CallbackList((*data, *callbacks), module)
         self.mesh = build_mesh(options.mesh)

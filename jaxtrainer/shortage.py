@@ -18,7 +18,7 @@ from jaxtrainer.feed import FeedSpec
 from jaxtrainer.memory import is_out_of_memory, total_bytes
 from jaxtrainer.module import thaw
 from jaxtrainer.plan import peak_bytes_of
-from jaxtrainer.precision import PRECISIONS
+from jaxtrainer.precision import Precision
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import num_data_shards
 from jaxtrainer.state import size_of
@@ -119,8 +119,8 @@ class Shortage:
         """Advise what makes the same batch smaller."""
         saved = max(0, whole.temporary - self._grad_bytes)
         yield (
-            f"rematerialisation: {_size(whole.temporary)} are temporaries of the step; `nnx.remat` "
-            f"around the model's blocks computes activations anew, and frees up to {_size(saved)}"
+            f"rematerialisation: {_size(whole.temporary)} are temporaries of the step; `remat=` "
+            f"with a pattern of the model's blocks computes them anew, and frees up to {_size(saved)}"
         )
         if self.session.options.precision.name == "32-true":
             half = self._measure(self.spec.rows, precision="bf16-mixed")
@@ -165,7 +165,7 @@ class Shortage:
         session = self.session
         if precision is not None:
             session = copy.copy(session)
-            session.options = replace(session.options, precision=PRECISIONS[precision])
+            session.options = replace(session.options, precision=Precision(precision))
             session._init = None
         try:
             step = self.build(session, self._spec_for(rows))

@@ -23,9 +23,11 @@ from jaxtrainer.errors import LogError
 from jaxtrainer.flax_metrics import refuse_kept
 from jaxtrainer.guard import Guard, guard_row, guard_specs, judge, num_trained, settle, withhold
 from jaxtrainer.layout import Layout
+from jaxtrainer.loss_scale import loss_scale, scaled_grad
 from jaxtrainer.manual import Updates, refuse_changed_params
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, step_name, tracing
+from jaxtrainer.offload import to_device, to_host
 from jaxtrainer.optim import join
 from jaxtrainer.outputs import (
     batch_weight,
@@ -34,7 +36,8 @@ from jaxtrainer.outputs import (
     refuse_leaked,
     step_outputs,
 )
-from jaxtrainer.precision import Precision
+from jaxtrainer.precision import Precision, matmuls_in
+from jaxtrainer.scopes import scopes_of
 from jaxtrainer.state import Adapter, Nested, TrainState
 from jaxtrainer.types import Array, PyTree, Stage
 from jaxtrainer.update import OptimizerOptions, like, optimise, update_specs
@@ -49,6 +52,9 @@ class StepOptions:
         capacity: Batches a chunk holds.
         traced: Traced parts of the callbacks.
         arguments: What the user's step gets beside model and batch: the loader's name.
+        matmul_precision: Of matrix products: see `Trainer`; None leaves it to JAX.
+        offloads: Whether the optimiser's state comes from the host, and goes back there. Then
+            steps run one by one.
     """
 
     module: TrainModule
@@ -60,6 +66,8 @@ class StepOptions:
     resident: bool = False
     capacity: int = 1
     arguments: Mapping[str, str] = field(default_factory=dict)
+    matmul_precision: str | None = None
+    offloads: bool = False
 
 
 @dataclass(kw_only=True)
@@ -115,7 +123,8 @@ def build_train_step(
     # The epoch's type is that of the other counter; another would be traced a second time.
     count = state.batch_count
     arguments = state.params, state.model_state, batch, state.rng, count, state.opt_state, count
-    traced = jax.make_jaxpr(inner)(*arguments)
+    with matmuls_in(options.matmul_precision):
+        traced = jax.make_jaxpr(inner)(*arguments, loss_scale(state))
     refuse_leaked(traced.consts, trace.where)
     of_update = update_specs(optimizer, state.params, state.opt_state)
     of_guard = guard_specs(guard)
@@ -131,19 +140,20 @@ def build_train_step(
         before = state
         changes, loss, model_state, row, weights, weight = inner(
             *(state.params, state.model_state, batch, state.rng, num_trained(state)),
-            *(state.opt_state, epoch),
+            *(state.opt_state, epoch, loss_scale(state)),
         )
         state = state._replace(model_state=model_state, batch_count=state.batch_count + 1)
         apply, verdict = (flags & ENDS_WINDOW) > 0, None
         updated: Array | bool = True
         if guard is not None:
-            looked_at = changes[0] if optimizer.is_manual else changes
+            # Of the step's own updates the parameters, and what its scaled gradients were.
+            looked_at = (changes[0], changes[2]) if optimizer.is_manual else changes
             verdict = judge(guard, before, loss, looked_at, (flags & LEFT_OUT) > 0)
             if is_windowed:
                 given = changes, loss, weight, apply
                 changes, loss, weight, apply = withhold(verdict, state.accumulated, *given)
         if optimizer.is_manual:
-            params, opt_state = changes
+            params, opt_state, _ = changes
             state, logged = state._replace(params=params, opt_state=opt_state), row[:0]
         else:
             state, logged = optimise(optimizer, state, changes, loss, weight, apply, epoch)
@@ -171,13 +181,19 @@ def build_train_step(
     def with_totals(state: TrainState, control: Array) -> TrainState:
         return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
 
+    @_with_matmuls(options)
     def single(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         i = control[START]
         batch = _take(options, resident, chunk, i)
         state = with_totals(state, control)
+        if options.offloads:
+            state = state._replace(opt_state=to_device(state.opt_state))
         state, row = one_step(state, batch, control[EPOCH], control[APPLY + i], True)
+        if options.offloads:
+            state = state._replace(opt_state=to_host(state.opt_state))
         return state, row[None]
 
+    @_with_matmuls(options)
     def fused(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, rows = carry
@@ -206,20 +222,24 @@ def step_fn(
     """Return the user's step with its gradients, and what is known of it once it is traced.
 
     It gives `(gradients, loss, model_state, row, weights, weight)`; of a step that makes its own
-    updates, `(params, opt_state)` is the first.
+    updates, `(params, opt_state, checked)` is the first, with what must be finite besides. With a
+    scale the loss is scaled for the derivative, and no result is.
     """
     trace = _Traced(options, "train")
 
-    def gradients(params: Nested, model_state: Nested, batch: PyTree, key: Array) -> Any:
+    def gradients(
+        params: Nested, model_state: Nested, batch: PyTree, key: Array, scale: Array | None
+    ) -> Any:
         def loss_fn(trained: Nested) -> tuple[Array, Any]:
             return trace.run(join(params, trained), model_state, batch, key)
 
         # What no optimiser owns is no argument of the derivative: its gradients cost nothing.
         trained = optimizer.trained(params)
         loss_fn = options.layout.regathering(loss_fn)
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        (loss, aux), grads = scaled_grad(loss_fn, scale)(trained)
         return options.layout.keep_params(grads), loss, *aux
 
+    @_with_matmuls(options)
     def run_step(
         params: Nested,
         model_state: Nested,
@@ -228,14 +248,15 @@ def step_fn(
         batch_count: Array,
         opt_state: PyTree,
         epoch: Array,
+        scale: Array | None = None,
     ) -> Any:
         key = jax.random.fold_in(jax.random.wrap_key_data(rng), batch_count)
         if not optimizer.is_manual:
-            return gradients(params, model_state, batch, key)
+            return gradients(params, model_state, batch, key, scale)
         kind = options.adapter, options.precision, trace.where
-        updates = Updates(optimizer, *kind, params, opt_state, epoch)
+        updates = Updates(optimizer, *kind, params, opt_state, epoch, scale)
         loss, aux = trace.run(params, model_state, batch, key, updates)
-        return (updates.params, updates.opt_state), loss, *aux
+        return (updates.params, updates.opt_state, updates.checked), loss, *aux
 
     return run_step, trace
 
@@ -255,9 +276,11 @@ def build_eval_step(
         return row, weights
 
     inner = jax.jit(forward, inline=True)
-    refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
+    with matmuls_in(options.matmul_precision):
+        refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
     totals = Totals(tuple(trace.recorder.specs.values()))
 
+    @_with_matmuls(options)
     def program(length: int, *arguments: Any) -> Any:
         params, model_state, sums, resident, chunk, control = arguments
         start = control[START]
@@ -287,15 +310,17 @@ def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
     """Return `fn(params, model_state, resident, chunk, index) -> predictions` for one batch."""
     module = options.module
 
+    @_with_matmuls(options)
     def program(
         params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
     ) -> PyTree:
         batch = _prepare(options, _take(options, resident, chunk, index))
-        given = options.layout.whole_params(options.precision.cast_to_compute(params))
-        model = options.adapter.merge(given, model_state, training=False)
         where = f"{type(module).__name__}.predict_step"
-        with noting(where, batch), tracing(module, Recorder("predict"), None):
-            predictions = module.predict_step(model, batch, **options.arguments)
+        with scopes_of(options.adapter):
+            given = options.layout.whole_params(options.precision.cast_params(params))
+            model = options.adapter.merge(given, model_state, training=False)
+            with noting(where, batch), tracing(module, Recorder("predict"), None):
+                predictions = module.predict_step(model, batch, **options.arguments)
         check_predictions(predictions, where)
         options.adapter.read_back(model, where=where)
         return predictions
@@ -328,7 +353,7 @@ class _Traced:
         """
         options, training = self.options, self.stage == "train"
         batch = _prepare(options, batch)
-        given = options.precision.cast_to_compute(params) if updates is None else updates.given
+        given = options.precision.cast_params(params) if updates is None else updates.given
         given = given if updates is not None else options.layout.whole_params(given)
         rows = _rows(batch)
         self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
@@ -346,14 +371,15 @@ class _Traced:
             last = last if training else model
             return outputs, *options.adapter.read_back(last, where=self.where), model
 
-        outputs, after, new_state, model = run(given, recorder)
-        if updates is not None:
-            updates.finish(after)
-        elif training:
-            # A recorder takes what is logged in the trace that it was made in.
-            refuse_changed_params(
-                given, after, self.where, lambda given: run(given, Recorder(self.stage))[1]
-            )
+        with scopes_of(options.adapter):
+            outputs, after, new_state, model = run(given, recorder)
+            if updates is not None:
+                updates.finish(after)
+            elif training:
+                # A recorder takes what is logged in the trace that it was made in.
+                refuse_changed_params(
+                    given, after, self.where, lambda given: run(given, Recorder(self.stage))[1]
+                )
         refuse_kept(recorder.metrics, model, self.where)
         loss = outputs.get("loss", jnp.zeros(()))
         for traced in options.traced:
@@ -364,6 +390,20 @@ class _Traced:
         weight = batch_weight(outputs, self.where, float(rows))
         state = like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
+
+
+def _with_matmuls(options: StepOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return what makes a function trace its matrix products as the options say."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def traced(*args: Any) -> Any:
+            with matmuls_in(options.matmul_precision):
+                return fn(*args)
+
+        return traced
+
+    return wrap if options.matmul_precision is not None else lambda fn: fn
 
 
 def _refuse_twice(specs: Sequence[MetricSpec]) -> None:

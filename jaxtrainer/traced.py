@@ -24,8 +24,10 @@ from jaxtrainer.evaluation import (
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.flops import ModuleFlops, module_flops
 from jaxtrainer.guard import Guard
+from jaxtrainer.loss_scale import loss_scale
 from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import thaw
+from jaxtrainer.offload import hosted, refuse_offload
 from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
 from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
@@ -71,6 +73,8 @@ class TracedStep:
         guard: Guard | None = None,
     ) -> None:
         options, init = session.options, session.initializer
+        if options.precision.loss_scale is not None:
+            guard = replace(guard or Guard(), loss_scale=options.precision.loss_scale)
         self.rows = spec.rows
         optimizer = OptimizerOptions(
             optimizers=_optimizers(session),
@@ -90,8 +94,12 @@ class TracedStep:
         shapes = jax.eval_shape(make_state, *self._init_arguments)
         self.layout = session.layout
         without_totals = self.layout.of_state(shapes)
-        self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
-        self.options = step_options(session, spec, transform, capacity)
+        kept = without_totals
+        if options.offload_optimizer:
+            refuse_offload(session.mesh)
+            kept = kept._replace(opt_state=hosted(kept.opt_state))
+        self.init = jax.jit(make_state, out_shardings=shardings(kept))
+        self.options = step_options(session, spec, transform, capacity, is_trained=True)
         of_step = self.options, optimizer, without_totals
         self._build = functools.partial(
             build_train_step, *of_step, averaging=averaging, guard=guard
@@ -99,7 +107,7 @@ class TracedStep:
         self.spec = spec
         self._batch = batch_spec(spec, session.mesh, spec.rows)
         self.program = self._build(self._batch)
-        self.target = without_totals._replace(totals=totals_spec(session, self.program))
+        self.target = kept._replace(totals=totals_spec(session, self.program))
         self.arguments = (
             self.target,
             spec.resident,
@@ -156,7 +164,7 @@ class TracedStep:
         """Return what counts the operations of each module on a device; it keeps no arrays."""
         state, count = self.target, self.target.batch_count
         of_state = state.params, state.model_state, self._batch, state.rng, count, state.opt_state
-        given = self.options, self.optimizer, (*of_state, count)
+        given = self.options, self.optimizer, (*of_state, count, loss_scale(state))
         return lambda: _flops_by_module(*given, num_devices)
 
     def lower(self, fn: Callable[..., Any]) -> Any:

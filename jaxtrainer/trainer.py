@@ -33,7 +33,8 @@ from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
 from jaxtrainer.partition import Rules, check_sharding
 from jaxtrainer.plan import Plan
-from jaxtrainer.precision import parse_precision
+from jaxtrainer.precision import Precision, check_matmul_precision, parse_precision
+from jaxtrainer.remat import parse_remat
 from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits, Run
@@ -74,7 +75,18 @@ class Trainer:
             dict of such by epoch, `{0: 1, 4: 2}`: from epoch 4 on, 2.
         gradient_clip_val: Clip gradients at this norm or value.
         gradient_clip_algorithm: `"norm"` of all gradients together, or each `"value"`.
-        precision: `"32-true"`, `"bf16-mixed"` or `"bf16-true"`.
+        precision: `"32-true"`, `"bf16-mixed"`, `"bf16-true"` or `"16-mixed"`, which scales the
+            loss as it finds; or a `Precision`, which has exceptions by module.
+        matmul_precision: What matrix products and convolutions of float32 may be shortened to:
+            `"default"`, `"tensorfloat32"`, `"high"`, `"highest"`, or another word of
+            `jax.default_matmul_precision`, whose value holds if None.
+        remat: Modules whose activations are computed again in the backward pass, by patterns of
+            their paths: `"blocks/*"`, or with what to keep by a name of `jax.checkpoint_policies`
+            or one of its policies, `{"blocks/*": "dots_with_no_batch_dims_saveable"}`. Of nested
+            modules that a pattern covers the outermost counts. NNX models only.
+        offload_optimizer: Keep the optimiser's state in the host's memory between steps, and copy
+            it to the device and back in each, so that the memory of activations can be used for
+            it. Steps run one by one then.
         mesh: Device mesh as axis sizes, or a `jax.sharding.Mesh`; `{"data": -1}`, all devices, is
             the default. The batch is divided over the axes `"data"` and `"fsdp"`. Of several hosts
             these are the axes that lie across them, as far as they can.
@@ -142,7 +154,10 @@ class Trainer:
         accumulate_grad_batches: int | Mapping[int, int] = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
-        precision: str = "32-true",
+        precision: str | int | Precision = "32-true",
+        matmul_precision: str | None = None,
+        remat: str | Iterable[str] | Mapping[str, Any] | None = None,
+        offload_optimizer: bool = False,
         mesh: Mapping[str, int] | Mesh | None = None,
         sharding: str | Rules | Sequence[tuple[str, Any]] | None = None,
         steps_per_dispatch: int | Literal["auto"] = "auto",
@@ -163,12 +178,14 @@ class Trainer:
             limit_train_batches = limit_val_batches = dev_batches
             limit_test_batches = limit_predict_batches = dev_batches
             overfit_batches = None
-        if deterministic and steps_per_dispatch == "auto":
+        if (deterministic or offload_optimizer is True) and steps_per_dispatch == "auto":
             steps_per_dispatch = 1
         refuse_url("default_root_dir", default_root_dir)
+        chosen = parse_precision(precision)
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,
+            with_guard=chosen.loss_scale is not None,
             saves=not dev_batches,
             root=Path(default_root_dir or "."),
         )
@@ -196,7 +213,10 @@ class Trainer:
             accumulate=accumulation_schedule("accumulate_grad_batches", accumulate_grad_batches),
             clip_value=gradient_clip_val,
             clip_algorithm=gradient_clip_algorithm,
-            precision=parse_precision(precision),
+            precision=chosen,
+            matmul_precision=check_matmul_precision(matmul_precision),
+            remat=parse_remat(remat),
+            offload_optimizer=offload_optimizer,
             mesh=mesh,
             sharding=check_sharding(sharding),
             steps_per_dispatch=steps_per_dispatch,

@@ -119,5 +119,10 @@ def test_values_of_a_loop_are_not_what_it_was_given():
 
     x = np.arange(3.0)
     assert handed_back(jax.make_jaxpr(rolled)(x)) == [False]
+
+    def kept(carry: jax.Array, x: jax.Array) -> Any:
+        return jax.lax.scan(lambda carry, y: (carry, y), carry, x)
+
+    assert handed_back(jax.make_jaxpr(kept)(x[0], x)) == [True, True]
     assert handed_back(jax.make_jaxpr(lambda x: x)(x)) == [True]
     assert handed_back(jax.make_jaxpr(jax.jit(lambda x, y: (x, x)))(x, x)) == [True, False]

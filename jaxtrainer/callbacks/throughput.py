@@ -42,7 +42,7 @@ class Throughput(Callback):
     the share of the devices' peak (model FLOP/s utilisation). All are of all devices together.
 
     The peak is the dense one for the trainer's precision: with `"32-true"` that of the shortened
-    products (TF32) which XLA uses by default, unless `jax_default_matmul_precision` asks for more.
+    products (TF32) which XLA uses by default, unless `matmul_precision` asks for more.
 
     Args:
         window: Optimiser steps that the rates at reports are over, at least.
@@ -116,7 +116,7 @@ class Throughput(Callback):
             flops = run.plan.flops * len(devices)
         self.flops_per_batch = flops if flops > 0.0 and math.isfinite(flops) else None
         known = peak_of(devices[0].device_kind)
-        peak = self.peak_flops or (known.of(_arithmetic(run.precision)) if known else None)
+        peak = self.peak_flops or (known.of(_arithmetic(run)) if known else None)
         self._total_peak = None if peak is None else peak * len(devices)
         if self.prog_bar:
             unit = "samples" if self._tokens is None else "tokens"
@@ -177,10 +177,10 @@ def _positive(name: str, value: float | None) -> float | None:
     return value
 
 
-def _arithmetic(precision: str) -> Arithmetic:
-    if precision.startswith("bf16"):
-        return "bf16"
-    asked = jax.config.values["jax_default_matmul_precision"]
+def _arithmetic(run: Run) -> Arithmetic:
+    if run.precision != "32-true":
+        return "bf16" if run.precision.startswith("bf16") else "fp16"
+    asked = run.matmul_precision or jax.config.values["jax_default_matmul_precision"]
     return "fp32" if asked in _WHOLE_FLOAT32 else "tf32"
 
 
