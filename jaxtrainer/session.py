@@ -18,6 +18,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrainer import distributed
+from jaxtrainer.agreement import Agreement
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
@@ -107,6 +109,8 @@ class Session:
     def __enter__(self) -> Session:
         try:
             self.interrupts.__enter__()
+            if self.run.stage == "fit" and distributed.is_initialized():
+                self.run.agreement = Agreement()
             thaw(self.module)
             self.module.run = self.run
             if self.loaders is not None:
@@ -129,6 +133,8 @@ class Session:
             # Last in, first out; each runs also when the one before it fails.
             with ExitStack() as cleanup:
                 cleanup.callback(self.interrupts.__exit__, kind, error, trace)
+                if self.run.agreement is not None:
+                    cleanup.callback(self.run.agreement.close, is_clean=failure is None)
                 cleanup.callback(self.hooks.teardown, self.run)
                 cleanup.callback(self._keep_model)
                 if failure is not None:

@@ -20,6 +20,7 @@ from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.checks import require
+from jaxtrainer.distributed import initialize_if_needed
 from jaxtrainer.datamodule import DataModule, Loaders
 from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
@@ -152,6 +153,7 @@ class Trainer:
         if deterministic and steps_per_dispatch == "auto":
             steps_per_dispatch = 1
         refuse_url("default_root_dir", default_root_dir)
+        initialize_if_needed()
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,

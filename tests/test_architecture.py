@@ -20,6 +20,7 @@ LEVELS = {
     "jaxtrainer.vocabulary": 0,
     "jaxtrainer.handed": 0,
     "jaxtrainer.distributed": 1,
+    "jaxtrainer.agreement": 1,
     "jaxtrainer.arrays": 1,
     "jaxtrainer.cache": 1,
     "jaxtrainer.control": 1,

@@ -262,7 +262,8 @@ class Checkpoint(Callback):
             return run.is_epoch_end and (run.epoch + 1) % self.every_n_epochs == 0
         if self.every_n_train_steps is not None:
             return run.global_step >= self._due_step
-        return run.clock() - self._saved_at_s >= (self.interval_s or 0.0)
+        passed_s = run.clock() - self._saved_at_s
+        return run.agree(self.state_key, passed_s >= (self.interval_s or 0.0))
 
     def _save(self, run: Run) -> None:
         step = run.global_step

@@ -212,7 +212,8 @@ class Timer(Callback):
             (rich.get_console() if self.console is None else self.console).print(self)
 
     def _check(self, run: Run) -> None:
-        if self.time_remaining() == 0.0 and not run.should_stop:
+        is_over = self.time_remaining() == 0.0 and not run.should_stop
+        if run.agree(self.state_key, is_over):
             limit = format_seconds(self.duration_s or 0.0)
             run.notice(f"Timer: the training time of {limit} is used up.")
             run.stop("max_time")
