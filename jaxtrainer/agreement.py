@@ -26,6 +26,7 @@ _ANSWER_S = 120.0
 """How long a process may take to say how far it is; a thread of its own does so."""
 
 _END = "end"
+"""What ends the listening: of all processes, or with an index of that one."""
 
 
 class Wish(NamedTuple):
@@ -113,11 +114,13 @@ class Agreement:
         if is_clean:
             # Somebody may still want to know how far this process is.
             distributed.barrier(f"{self._base}/end")
-            if distributed.is_first():
-                with self._failing():
-                    self._client.key_value_set(self._key("ask"), _END, allow_overwrite=True)
-            self._thread.join(2 * _LISTEN_S)
         self._is_closed = True
+        if not is_clean or distributed.is_first():
+            # A thread that is left waiting in the runtime's code aborts the process at its exit.
+            who = "" if is_clean else str(distributed.index())
+            with contextlib.suppress(DistributedError), self._failing():
+                self._client.key_value_set(self._key("ask"), _END + who)
+        self._thread.join(2 * _LISTEN_S)
 
     def _tell(self) -> None:
         """Tell the others what is wanted, and wait until it is decided where it happens."""
@@ -148,7 +151,11 @@ class Agreement:
                 text = self._next_wishes()
                 if text == _END:
                     return
-                if text is not None:
+                if text is None:
+                    continue
+                if text.startswith(_END):
+                    self._pass_over()
+                else:
                     self._decide([Wish(*wish) for wish in json.loads(text)])
         except Exception as error:
             with self._changed:
@@ -178,6 +185,11 @@ class Agreement:
             # All have read what was said in the round before: they were at this one's barrier.
             for name in ("ask", "ticks"):
                 self._client.key_value_delete(self._key(name, self._rounds - 2))
+
+    def _pass_over(self) -> None:
+        with self._changed:
+            self._rounds += 1
+            self._changed.notify_all()
 
     def _key(self, name: str, number: int | None = None) -> str:
         return f"{self._base}/{self._rounds if number is None else number}/{name}"
