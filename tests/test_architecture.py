@@ -19,6 +19,7 @@ LEVELS = {
     "jaxtrainer.types": 0,
     "jaxtrainer.vocabulary": 0,
     "jaxtrainer.handed": 0,
+    "jaxtrainer.distributed": 1,
     "jaxtrainer.arrays": 1,
     "jaxtrainer.cache": 1,
     "jaxtrainer.control": 1,
@@ -100,6 +101,8 @@ LEVELS = {
     "jaxtrainer.tuning": 6,
     "jaxtrainer.verify": 6,
     "jaxtrainer.cli": 7,
+    "jaxtrainer.launch": 7,
+    "jaxtrainer.launched": 7,
 }
 
 # Lower, and still not for these: a module at or below the key imports none of the prefixes.
