@@ -26,6 +26,7 @@ from jaxtrainer.data import (
 )
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.remedies import ALLOW
+from jaxtrainer.rows import Held
 from jaxtrainer.shapes import Shape, Shapes, shape_of
 from jaxtrainer.types import PyTree
 from jaxtrainer.workers import close_iterator, why_empty
@@ -35,9 +36,10 @@ class HostChunk(NamedTuple):
     """Consecutive batches of one epoch.
 
     Attributes:
-        tree: Leaves `[capacity, rows, ...]`, NumPy; past `size` they are not defined.
+        tree: Leaves `[capacity, held, ...]`, NumPy: of each batch the rows that this process
+            holds. Past `size` they are not defined.
         size: Batches in it.
-        rows: Samples of each.
+        rows: Samples of each, those of other processes too.
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
         shape: Of a batch, where a loader may have several and it is not cut short.
@@ -63,6 +65,7 @@ class ReadOptions:
         max_recompiles: Other shapes than the first one that batches may have.
         shapes: Those that a run which is resumed has used.
         check_rows: Raises for a number of rows that cannot be run, of such batches.
+        held: Which part of a batch of so many rows this process holds; None for all of it.
     """
 
     stage: str
@@ -71,6 +74,7 @@ class ReadOptions:
     max_recompiles: int = 0
     shapes: Sequence[Any] = ()
     check_rows: Callable[[int], None] = lambda rows: None
+    held: Callable[[int], Held | None] = lambda rows: None
 
     def name_of(self, batch_idx: int, epoch: int) -> str:
         """Return what a batch is called in messages."""
@@ -135,8 +139,7 @@ class IndexedChunks:
         self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
         # An epoch of fewer samples than one batch is one smaller batch.
         self._batch = min(self._loader.batch_size, self._num_samples)
-        local = self._loader.local_rows(self._loader.batch_indices(0)[None, : self._batch])
-        self.first = as_host_batch(source.gather(local[0]))
+        self.first = as_host_batch(source.gather(self._loader.batch_indices(0)[: self._batch]))
         self.spec = spec_of(self.first)
         self.rows = num_rows(self.first, f"{options.stage} batch 0")
         has_ragged = len(self._loader) * self._batch > self._num_samples
@@ -170,14 +173,15 @@ class IndexedChunks:
             yield self._chunk(order[None, whole * batch :], 1, is_last=True)
 
     def _chunk(self, block: np.ndarray, capacity: int, *, is_last: bool) -> HostChunk:
-        block = self._loader.local_rows(block)
         size, rows = block.shape
+        held = self.options.held(rows)
+        block = block if held is None else held.of_indices(block)
         if self.gathers:
             arrays = jax.tree.map(lambda a: _gather(a, block, capacity), self._loader.arrays)
             tree = as_host_batch(arrays)
         else:
             # Rows past the last batch are never read, but must be valid indices.
-            tree = np.zeros((capacity, rows), np.int32)
+            tree = np.zeros((capacity, block.shape[1]), np.int32)
             tree[:size] = block
         return HostChunk(tree, size, rows, is_last, [None] * size)
 
@@ -320,7 +324,9 @@ class StackedChunks:
     def _chunk(self, group: list[_Read], capacity: int, *, is_last: bool) -> HostChunk:
         first = group[0]
         capacity = capacity if first.is_whole else 1
-        batches = [read.batch for read in group]
+        batches, held = [read.batch for read in group], self.options.held(first.rows)
+        if held is not None:
+            batches = jax.tree.map(held.of, batches)
         tree = jax.tree.map(lambda *leaves: _stack(leaves, capacity), *batches)
         states = [read.state for read in group]
         shape = first.shape if first.shape and first.is_whole else None

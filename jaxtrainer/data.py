@@ -30,22 +30,20 @@ def from_arrays(
     drop_remainder: bool = False,
     device_transform: Callable[[PyTree], PyTree] | None = None,
     device_resident: bool | None = None,
-    shard: tuple[int, int] | None = None,
 ) -> Any:
     """Return a Grain `MapDataset` of batches gathered from arrays in memory.
 
     Args:
         arrays: Pytree of `[num_samples, ...]` arrays. Keep them small (uint8 images): what
             travels to the device is what is stored here.
-        batch_size: Rows of a batch, those of all processes together.
+        batch_size: Rows of a batch. Of several processes each has the same order; the trainer
+            gathers the rows of a batch that are of its own devices.
         shuffle: Draw a new permutation each epoch, from `seed` and the epoch.
         seed: Seed of the permutations.
         drop_remainder: Leave out a last batch that is not full.
         device_transform: Traced into the compiled step: cast, normalise, augment there.
         device_resident: Put the arrays on the device whole, so that only row indices travel.
             None does so up to 1 GiB. Order and position in the data are the same either way.
-        shard: `(index, count)`: the part of each batch that this process reads, of the same global
-            order for any count. None takes JAX's process index and count.
 
     Raises:
         DataError: If the arrays differ in length, or make no batch.
@@ -65,7 +63,6 @@ def from_arrays(
         drop_remainder=drop_remainder,
         device_transform=device_transform,
         device_resident=device_resident,
-        shard=shard or (jax.process_index(), jax.process_count()),
     )
 
 

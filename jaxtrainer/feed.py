@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
+from jaxtrainer.rows import Held, held_rows, padded_rows, place_chunk
 from jaxtrainer.shapes import Shape, Shapes
-from jaxtrainer.sharding import batch_sharding, is_lockstep, place, replicated
+from jaxtrainer.sharding import is_lockstep, place, replicated
 from jaxtrainer.types import IndexedLoader, PyTree
 from jaxtrainer.waiting import Patience
 
@@ -38,12 +39,14 @@ class Chunk:
     """Some consecutive batches of one epoch, stacked on the device.
 
     Attributes:
-        tree: Leaves `[capacity, batch, ...]`; the rows beyond `size` are not defined.
+        tree: Leaves `[capacity, padded, ...]`; the batches beyond `size` are not defined, nor are
+            rows beyond `rows`, which a batch has that does not divide over the devices.
         size: Batches in it.
         rows: Samples of each batch.
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
         was_throttled: Whether the feed had to wait for the device, not for the loader.
+        num_held: Rows of a batch that this process holds.
         shape: Of a batch, where a loader may have several and it is not cut short.
     """
 
@@ -53,6 +56,7 @@ class Chunk:
     is_last: bool
     states: list[Any]
     was_throttled: bool
+    num_held: int
     shape: Shape | None = None
 
     @property
@@ -127,6 +131,7 @@ class Feed:
         self._threads: list[threading.Thread] = []
         self._chunks: Chunks
         self._placed: list[PyTree] = []
+        options = replace(options, held=self._held)
         resident = None
         if isinstance(source, IndexedSource):
             stays = is_resident(source.loader)
@@ -266,16 +271,21 @@ class Feed:
             )
         return True
 
+    def _held(self, rows: int) -> Held | None:
+        is_whole = jax.process_count() == 1 and rows == padded_rows(self.mesh, rows)
+        return None if is_whole else held_rows(self.mesh, rows)
+
     def _on_device(self, host: HostChunk) -> Chunk:
         self._waits_for_device = True
-        throttled = self._throttle()
+        throttled, held = self._throttle(), self._held(host.rows)
         chunk = Chunk(
-            tree=place(host.tree, batch_sharding(self.mesh, host.rows, stacked=True)),
+            tree=place_chunk(host.tree, self.mesh, host.rows),
             size=host.size,
             rows=host.rows,
             is_last=host.is_last,
             states=host.states,
             was_throttled=throttled,
+            num_held=host.rows if held is None else len(held.rows),
             shape=host.shape,
         )
         self._waits_for_device = False

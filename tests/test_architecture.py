@@ -45,6 +45,7 @@ LEVELS = {
     "jaxtrainer.record": 1,
     "jaxtrainer.remedies": 1,
     "jaxtrainer.remote": 1,
+    "jaxtrainer.rows": 1,
     "jaxtrainer.rundir": 1,
     "jaxtrainer.run": 1,
     "jaxtrainer.scopes": 1,

@@ -184,7 +184,7 @@ def _room(run: Run, plan: FitPlan) -> int:
 def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
     if not plan.hooks.has("on_train_batch_start"):
         return False
-    batch = BatchView(chunk.tree, plan.resident, start)
+    batch = BatchView(chunk, plan.resident, start)
     return plan.hooks.on_train_batch_start(run, batch.get(), run.batch_idx) == -1
 
 
@@ -199,7 +199,7 @@ def _end_batches(
 ) -> None:
     for i in range(count):
         outputs = LoggedOutputs(plan.totals.specs, rows, first_row + i)
-        batch = BatchView(chunk.tree, plan.resident, start + i)
+        batch = BatchView(chunk, plan.resident, start + i)
         plan.hooks.on_train_batch_end(run, outputs, batch.get(), run.batch_idx - count + i)
 
 
