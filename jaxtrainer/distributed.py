@@ -69,7 +69,7 @@ def initialize(
 
     Args:
         coordinator_address: `"host:port"` of process 0, under which the others reach it.
-        num_processes: How many there are; 1 starts nothing.
+        num_processes: How many there are; 1 without an address starts nothing.
         process_id: Which this is: 0 to `num_processes - 1`.
         local_device_ids: GPUs of this host that this process uses; None for all of them, or one
             for each process of a host where SLURM or Open MPI say which process that is.
@@ -240,7 +240,7 @@ def _explicit(given: Mapping[str, Any]) -> Cluster | None:
         return None
     given = {**_from_environment(), **given}
     number = given.get("num_processes")
-    if number == 1:
+    if number == 1 and "coordinator_address" not in given:
         return None
     missing = {"coordinator_address", "num_processes", "process_id"} - {*given}
     if missing == {*()}:

@@ -25,7 +25,7 @@ def train(*args: str) -> None:
     trainer = tiny.make_trainer(mesh={"data": -1}, max_epochs=2)
     module = tiny.Tiny()
     result = trainer.fit(module, tiny.make_loader(rows=128, size=16))
-    say(params=digest(tiny.params_of(module)), step=result.global_step)
+    say(params=digest(tiny.params_of(module)), step=result.num_steps)
     say(loss=result.history["train/loss"].values)
 
 

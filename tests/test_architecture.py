@@ -59,6 +59,7 @@ LEVELS = {
     "jaxtrainer.hooks": 2,
     "jaxtrainer.checks": 2,
     "jaxtrainer.chunks": 2,
+    "jaxtrainer.configuration": 2,
     "jaxtrainer.datamodule": 2,
     "jaxtrainer.feed": 2,
     "jaxtrainer.guard": 2,
