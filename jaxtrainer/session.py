@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrainer.alike import check_alike
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
@@ -285,7 +286,9 @@ class Session:
             saved = (self.record or {}).get("data", {}).get("shapes", ())
             check_rows = functools.partial(check_batch_size, self.mesh)
             options = replace(options, shapes=saved, check_rows=check_rows)
-        feed = Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
+        of_feed = {"patience": self._patience, "tell": self.run.notice, **at}
+        make = functools.partial(Feed, source, options, self.mesh, **of_feed)
+        feed = check_alike(label, make, self._patience.limit_s)
         self._feeds.append(feed)
         return feed
 
