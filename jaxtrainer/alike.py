@@ -149,8 +149,11 @@ class Together:
                         f"{theirs[name]}, there {found[0][name]}. Give all processes as many "
                         f"batches, of the same sizes. {_HOW}"
                     )
-        if found:
-            _check_digests(self._label, [x["digest"] for x in found], is_own=self._is_own)
+        if not self._is_own and len({x["digest"] for x in found}) > 1:
+            raise DataError(
+                f"the {self._label} loader does not give all processes the same batches in epoch "
+                f"{epoch}. {_HOW}"
+            )
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that there is no next chunk."""

@@ -26,7 +26,7 @@ from jaxtrainer.data import (
 )
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.remedies import ALLOW
-from jaxtrainer.rows import Held, digest_of, with_rows
+from jaxtrainer.rows import Held, first_rows, with_rows
 from jaxtrainer.shapes import Shape, Shapes, shape_of
 from jaxtrainer.types import PyTree
 from jaxtrainer.workers import close_iterator, why_empty
@@ -43,7 +43,7 @@ class HostChunk(NamedTuple):
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
         shape: Of a batch, where a loader may have several and it is not cut short.
-        digest: Of the first batch, where the processes compare theirs.
+        digest: Of the first row of each batch, where the processes compare theirs.
     """
 
     tree: PyTree
@@ -348,7 +348,7 @@ class StackedChunks:
         first = group[0]
         capacity = capacity if first.is_whole else 1
         batches, held = [read.batch for read in group], self.options.held(first.rows)
-        digest = digest_of(first.batch) if self.options.signs else ""
+        digest = first_rows(batches) if self.options.signs else ""
         if held is not None:
             part = held.of if self._rows_of is None else held.padded
             batches = jax.tree.map(part, batches)

@@ -264,10 +264,15 @@ class Session:
         }
         return Snapshot(state=run.state, record=record)
 
-    def _open(
-        self, loader: Any, stage: Stage, *, keep_ragged: bool, name: str | None = None, **at: Any
-    ) -> Feed:
+    def _open(self, loader: Any, stage: Stage, *, name: str | None = None, **how: Any) -> Feed:
         label = stage if name is None else f"{stage} {name!r}"
+        make = functools.partial(self._feed_of, loader, stage, label, **how)
+        self._feeds.append(check_alike(label, make, self._patience.limit_s))
+        return self._feeds[-1]
+
+    def _feed_of(
+        self, loader: Any, stage: Stage, label: str, *, keep_ragged: bool, **at: Any
+    ) -> Feed:
         source, limit = self._overfitted(loader) if self.is_overfitting(stage) else (None, None)
         if source is None:
             source = open_source(loader, label)
@@ -276,21 +281,15 @@ class Session:
         if isinstance(source, MapSource) and source.num_batches is None:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
+        most = self.options.max_recompiles
         options = ReadOptions(
-            stage=label,
-            limit=limit,
-            keep_ragged=keep_ragged,
-            max_recompiles=self.options.max_recompiles,
+            stage=label, limit=limit, keep_ragged=keep_ragged, max_recompiles=most
         )
         if stage == "train":
             saved = (self.record or {}).get("data", {}).get("shapes", ())
             check_rows = functools.partial(check_batch_size, self.mesh)
             options = replace(options, shapes=saved, check_rows=check_rows)
-        of_feed = {"patience": self._patience, "tell": self.run.notice, **at}
-        make = functools.partial(Feed, source, options, self.mesh, **of_feed)
-        feed = check_alike(label, make, self._patience.limit_s)
-        self._feeds.append(feed)
-        return feed
+        return Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
 
     def _overfitted(self, loader: Any) -> tuple[Source | IndexedSource, int | None]:
         """Return the training batches of `overfit_batches`, the same for every reader of them."""

@@ -34,7 +34,7 @@ class Watching(tiny.Tiny):
 
     def training_step(self, model: Any, batch: Any) -> Any:
         places = jnp.arange(1, len(batch["id"]) + 1)
-        self.log("order", (batch["id"] * places).sum().astype(jnp.float32), on_step=True)
+        self.log("order", (batch["id"] * places).sum().astype(jnp.float32), on_epoch=False)
         return (model(batch["x"]) ** 2).mean()
 
     def validation_step(self, model: Any, batch: Any) -> Any:
@@ -171,7 +171,7 @@ def refused() -> None:
         "later_change": Stream(whole[:2] + [whole[2 + index]]),
         "marked_twice": data.process_local(Stream([*whole])),
         "one_is_empty": whole if index == 0 else [],
-        "one_fails": Stream(whole) if index == 0 else Stream([*whole[:2], {"x": whole[0]["x"]}]),
+        "one_fails": Stream([*whole[:2], {"x": whole[0]["x"]}] if index else whole),
     }
     for name, bad in wrong.items():
         try:
