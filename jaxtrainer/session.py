@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxtrainer import distributed
 from jaxtrainer.agreement import Agreement
+from jaxtrainer.alike import check_alike
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
@@ -269,10 +270,15 @@ class Session:
         }
         return Snapshot(state=run.state, record=record)
 
-    def _open(
-        self, loader: Any, stage: Stage, *, keep_ragged: bool, name: str | None = None, **at: Any
-    ) -> Feed:
+    def _open(self, loader: Any, stage: Stage, *, name: str | None = None, **how: Any) -> Feed:
         label = stage if name is None else f"{stage} {name!r}"
+        make = functools.partial(self._feed_of, loader, stage, label, **how)
+        self._feeds.append(check_alike(label, make, self._patience.limit_s))
+        return self._feeds[-1]
+
+    def _feed_of(
+        self, loader: Any, stage: Stage, label: str, *, keep_ragged: bool, **at: Any
+    ) -> Feed:
         source, limit = self._overfitted(loader) if self.is_overfitting(stage) else (None, None)
         if source is None:
             source = open_source(loader, label)
@@ -281,19 +287,15 @@ class Session:
         if isinstance(source, MapSource) and source.num_batches is None:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
+        most = self.options.max_recompiles
         options = ReadOptions(
-            stage=label,
-            limit=limit,
-            keep_ragged=keep_ragged,
-            max_recompiles=self.options.max_recompiles,
+            stage=label, limit=limit, keep_ragged=keep_ragged, max_recompiles=most
         )
         if stage == "train":
             saved = (self.record or {}).get("data", {}).get("shapes", ())
             check_rows = functools.partial(check_batch_size, self.mesh)
             options = replace(options, shapes=saved, check_rows=check_rows)
-        feed = Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
-        self._feeds.append(feed)
-        return feed
+        return Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
 
     def _overfitted(self, loader: Any) -> tuple[Source | IndexedSource, int | None]:
         """Return the training batches of `overfit_batches`, the same for every reader of them."""
