@@ -144,6 +144,12 @@ def local_batch(chunk: jax.Array, index: int, num_held: int) -> Any:
     return np.concatenate([np.asarray(blocks[i][index]) for i in sorted(blocks)])[:num_held]
 
 
+def of_this_process(array: Any) -> Any:
+    """Return an array as one that needs no other process, if each device holds it whole."""
+    is_whole = isinstance(array, jax.Array) and array.is_fully_replicated
+    return on_this_process(array) if is_whole else array
+
+
 def on_this_process(array: jax.Array) -> jax.Array:
     """Return an array that every device holds whole as one that needs no other process."""
     return array if array.is_fully_addressable else array.addressable_data(0)

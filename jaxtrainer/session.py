@@ -39,6 +39,7 @@ from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
+from jaxtrainer.rows import of_this_process
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
 from jaxtrainer.store import Snapshot
@@ -377,6 +378,8 @@ class Session:
             return
         trained = state.params, state.model_state
         variables = narrowed(overlaid(state.averaged, *trained), trained)
+        # What is whole here can be used here, without the other processes.
+        variables = jax.tree.map(of_this_process, variables)
         self.module.model = self._init.adapter.merge(*variables, training=False)
         self.run.state = None
 

@@ -20,7 +20,7 @@ from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.checks import require
-from jaxtrainer.distributed import initialize_if_needed
+from jaxtrainer.distributed import initialize_if_needed, is_first
 from jaxtrainer.datamodule import DataModule, Loaders
 from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
@@ -300,7 +300,8 @@ class Trainer:
             if earlier.stop_reason != "restore" or session.interrupts.received is not None:
                 break
         if session.interrupts.received == signal.SIGTERM:
-            session.interrupts.say_farewell()
+            if is_first():
+                session.interrupts.say_farewell()
             raise SystemExit(128 + signal.SIGTERM)
         return FitResult.of(session.run)
 
@@ -536,7 +537,7 @@ class Trainer:
             if session.run.stop_reason != "interrupted":
                 metrics = {**metrics, **session.run.metrics}
         metrics = {k: v for k, v in metrics.items() if not is_private(k)}
-        if verbose:
+        if verbose and is_first():
             Console().print(metrics_table(stage, metrics))
         return metrics
 

@@ -6,9 +6,11 @@ import hashlib
 import sys
 from typing import Any
 
+import grain
 import jax
 
 from jaxtrainer import distributed
+from jaxtrainer.callbacks import Checkpoint
 from tests import tiny
 from tests.cluster import say
 
@@ -21,12 +23,37 @@ def digest(arrays: Any) -> str:
     return found.hexdigest()
 
 
-def train(*args: str) -> None:
-    trainer = tiny.make_trainer(mesh={"data": -1}, max_epochs=2)
+def loader_of(kind: str) -> Any:
+    """The same samples in the same order: from arrays, by Grain, or as a list."""
+    if kind == "arrays":
+        return tiny.make_loader(rows=128, size=16)
+    if kind == "grain":
+        arrays = tiny.make_arrays(128)
+        records = grain.MapDataset.range(128).shuffle(seed=3)
+        return records.map(lambda i: {k: a[i] for k, a in arrays.items()}).batch(16)
+    return tiny.make_batches(num=8, size=16)
+
+
+def fit(*callbacks: Any, kind: str = "arrays", ckpt_path: Any = None, **options: Any) -> Any:
+    """Train, and say what came out."""
+    trainer = tiny.make_trainer(callbacks, **{"mesh": {"data": -1}, "max_epochs": 2, **options})
     module = tiny.Tiny()
-    result = trainer.fit(module, tiny.make_loader(rows=128, size=16))
-    say(params=digest(tiny.params_of(module)), step=result.num_steps)
-    say(loss=result.history["train/loss"].values)
+    try:
+        result = trainer.fit(module, loader_of(kind), tiny.make_batches(2, 16), ckpt_path=ckpt_path)
+    finally:
+        say(step=module.run.global_step, reason=module.run.stop_reason)
+    say(params=digest(tiny.params_of(module)), losses=result.history["train/loss"].values)
+    return result
+
+
+def train(*kinds: str) -> None:
+    for kind in kinds:
+        fit(kind=kind)
+
+
+def save(directory: str, epochs: str, *path: str) -> None:
+    result = fit(Checkpoint(directory), max_epochs=int(epochs), ckpt_path=path[0] if path else None)
+    say(last=result.last_checkpoint)
 
 
 if __name__ == "__main__":

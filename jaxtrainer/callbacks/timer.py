@@ -13,6 +13,7 @@ import rich
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.display.report import phase_table
 from jaxtrainer.display.text import format_seconds
@@ -208,7 +209,7 @@ class Timer(Callback):
         """Take the run's timings, and print the report."""
         self._total_s = run.timings.elapsed_s
         self._phases_s = named_phases(run.timings.seconds)
-        if self.verbose:
+        if self.verbose and distributed.is_first():
             (rich.get_console() if self.console is None else self.console).print(self)
 
     def _check(self, run: Run) -> None:
