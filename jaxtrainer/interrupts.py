@@ -32,7 +32,8 @@ class Interrupts:
     Only the main thread gets signals; in another one nothing is installed. Nor is it in a call
     that is made inside another, or for a signal that the program ignores.
 
-    Of several processes each has handlers of its own, and all stop where one got a signal."""
+    Of several processes each has handlers of its own, and all stop where one got a signal.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -20,8 +20,8 @@ from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.checks import require
-from jaxtrainer.distributed import initialize_if_needed, is_first
 from jaxtrainer.datamodule import DataModule, Loaders
+from jaxtrainer.distributed import initialize_if_needed, is_first
 from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
 from jaxtrainer.evaluation import eval_plan, predictions_of, streamed

@@ -219,10 +219,10 @@ class Checkpoint(Callback):
 
     def on_save_point(self, run: Run) -> None:
         """Save if a trigger says so, or the run is being interrupted."""
-        if self._store is not None:
-            # Of a save that fails only who has written it knows.
-            if run.agree(f"{self.state_key} failed", self._store.has_failed):
-                self._settle(run, self._store.wait)
+        store = self._store
+        # Of a save that fails only the process that has written it knows.
+        if store is not None and run.agree(f"{self.state_key} failed", store.has_failed):
+            self._settle(run, store.wait)
         if run.stop_reason == "interrupted" or self._is_due(run):
             self._save(run)
 
