@@ -34,7 +34,6 @@ class ArrayDataset(grain.MapDataset[Any]):
         drop_remainder: bool,
         device_transform: Callable[[PyTree], PyTree] | None,
         device_resident: bool | None,
-        shard: tuple[int, int],
     ) -> None:
         super().__init__()
         self.arrays = jax.tree.map(np.asarray, arrays)
@@ -46,7 +45,6 @@ class ArrayDataset(grain.MapDataset[Any]):
         self.drop_remainder = drop_remainder
         self.device_transform = device_transform
         self.device_resident = device_resident
-        self.shard = _checked_shard(shard, self.batch_size)
         self._cached: tuple[int, np.ndarray] | None = None
 
     def with_batch_size(self, batch_size: int) -> ArrayDataset:
@@ -59,7 +57,6 @@ class ArrayDataset(grain.MapDataset[Any]):
             drop_remainder=self.drop_remainder,
             device_transform=self.device_transform,
             device_resident=self.device_resident,
-            shard=self.shard,
         )
 
     def __len__(self) -> int:
@@ -85,21 +82,8 @@ class ArrayDataset(grain.MapDataset[Any]):
             return self.slice(index)
         epoch, batch = divmod(int(index), len(self))
         start = batch * self.batch_size
-        rows = self.local_rows(self.batch_indices(epoch)[None, start : start + self.batch_size])
-        return jax.tree.map(lambda a: a.take(rows[0], axis=0), self.arrays)
-
-    def local_rows(self, block: np.ndarray) -> np.ndarray:
-        """Return this process's part of the rows of some batches.
-
-        Args:
-            block: `[batches, rows]`, int32.
-
-        Returns:
-            `[batches, rows / count]`, int32; all parts in order make the batch again.
-        """
-        index, count = self.shard
-        rows = block.shape[1]
-        return block[:, rows * index // count : rows * (index + 1) // count]
+        rows = self.batch_indices(epoch)[start : start + self.batch_size]
+        return jax.tree.map(lambda a: a.take(rows, axis=0), self.arrays)
 
 
 def _common_length(arrays: PyTree) -> int:
@@ -127,13 +111,3 @@ def _checked_batch_size(batch_size: int, num_samples: int, drop_remainder: bool)
             f"drop_remainder={drop_remainder}; use `batch_size={max(1, num_samples)}` or less."
         )
     return int(batch_size)
-
-
-def _checked_shard(shard: tuple[int, int], batch_size: int) -> tuple[int, int]:
-    index, count = shard
-    if not 0 <= index < count or batch_size % count:
-        raise DataError(
-            f"shard={shard} is the part of each batch that this process reads, (index, count) with "
-            f"0 <= index < count and a count that divides the batch of {batch_size} rows."
-        )
-    return index, count

@@ -86,6 +86,14 @@ class NonFiniteError(JaxTrainerError, FloatingPointError):
     evidence: object = None
 
 
+class DistributedError(JaxTrainerError, RuntimeError):
+    """Processes of one run that could not come together, or do not agree."""
+
+
+class DistributedTimeoutError(DistributedError, TimeoutError):
+    """A process that the others have waited for in vain."""
+
+
 class MissingExtraError(JaxTrainerError, ImportError):
     """An optional dependency that is not installed."""
 

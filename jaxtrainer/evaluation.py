@@ -30,7 +30,7 @@ from jaxtrainer.programs import (
     with_calls,
 )
 from jaxtrainer.session import Session
-from jaxtrainer.shapes import Shape, described, shape_of
+from jaxtrainer.shapes import described, shape_of
 from jaxtrainer.sharding import replicated
 from jaxtrainer.step import Program, StepOptions, build_eval_step, build_predict_step
 from jaxtrainer.types import PyTree, Stage
@@ -107,8 +107,9 @@ class EvaluationStep:
         self._stage: Stage = stage
         self._title = f"{stage} step" if name is None else f"{stage} step of {name!r}"
         self._variables = session.variable_specs
-        self._compiled: dict[Shape, Callable[..., Any]] = {}
-        self._first = shape_of(chunk_spec(spec, session.mesh, spec.rows, self.capacity))
+        self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        chunk = chunk_spec(spec, session.mesh, spec.rows, self.capacity)
+        self._first = shape_of(chunk), spec.rows
         self.whole = self._build(batch_spec(spec, session.mesh, spec.rows))
 
     @property
@@ -118,10 +119,11 @@ class EvaluationStep:
 
     def for_chunk(self, chunk: Chunk) -> Callable[..., Any]:
         """Return the program for chunks of that shape."""
-        shape = shape_of(chunk.tree)
-        if shape not in self._compiled:
-            self._compiled[shape] = self._compile(chunk, is_first=shape == self._first)
-        return self._compiled[shape]
+        # Batches of fewer rows may have been padded to the same shape.
+        key = shape_of(chunk.tree), chunk.rows
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(chunk, is_first=key == self._first)
+        return self._compiled[key]
 
     def control(self, chunk: Chunk) -> np.ndarray:
         """Return an empty control vector for such chunks."""
@@ -191,22 +193,24 @@ def _predict_loader(
     spec = feed.spec
     size = spec.fed, feed.num_batches, _MAX_STEPS
     capacity = chunk_capacity("auto", *size, is_mixed=feed.shapes is not None)
-    fn = build_predict_step(step_options(session, spec, transform, capacity, arguments))
+    traced = step_options(session, spec, transform, capacity, arguments)
     title = "predict step" if name is None else f"predict step of {name!r}"
 
-    first = shape_of(chunk_spec(spec, mesh, spec.rows, capacity))
-    compiled: dict[Shape, Callable[..., Any]] = {}
+    first = shape_of(chunk_spec(spec, mesh, spec.rows, capacity)), spec.rows
+    compiled: dict[Hashable, Callable[..., Any]] = {}
 
     def step_for(chunk: Chunk) -> Callable[..., Any]:
-        shape = shape_of(chunk.tree)
-        if shape not in compiled:
+        key = shape_of(chunk.tree), chunk.rows
+        if key not in compiled:
             arguments = (*variables, spec.resident, specs_of_chunk(chunk.tree), np.int32(0))
             # Traced before the compilation is announced, so that a bad step is found before it.
-            options = session.compiler_options
-            lowered = jax.jit(fn, compiler_options=options).lower(*arguments)
-            of_shape = title if shape == first else of_chunk(title, spec, chunk)
-            compiled[shape] = session.compile(of_shape, lowered.compile)
-        return compiled[shape]
+            fn, options = build_predict_step(traced, chunk.rows), session.compiler_options
+            # Each process gets all rows; of one process the parts are put together on the host.
+            whole = replicated(mesh) if jax.process_count() > 1 else None
+            lowered = jax.jit(fn, out_shardings=whole, compiler_options=options).lower(*arguments)
+            of_shape = title if key == first else of_chunk(title, spec, chunk)
+            compiled[key] = session.compile(of_shape, lowered.compile)
+        return compiled[key]
 
     return PredictLoader(
         name=name, step_for=step_for, resident=feed.resident, feed=feed, capacity=capacity
@@ -224,7 +228,7 @@ def spec_of_batch(spec: FeedSpec, mesh: Mesh, chunk: Chunk) -> PyTree:
     """Return the spec of a chunk's batches, as the device transform gets them."""
     if spec.resident is not None:
         return batch_spec(spec, mesh, chunk.rows)
-    return spec_in_chunk(chunk.tree, mesh)
+    return spec_in_chunk(chunk.tree, mesh, chunk.rows)
 
 
 def same_series(first: Program, other: Program, title: str) -> None:

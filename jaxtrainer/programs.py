@@ -29,6 +29,7 @@ from jaxtrainer.options import Options
 from jaxtrainer.patterns import refuse_unmatched
 from jaxtrainer.precision import Precision
 from jaxtrainer.remat import remat_calls
+from jaxtrainer.rows import padded_rows
 from jaxtrainer.scopes import NamedModules, WrappedCalls
 from jaxtrainer.sharding import batch_sharding, on_mesh, replicated
 from jaxtrainer.state import (
@@ -147,7 +148,8 @@ def with_calls(init: Initializer, options: Options, *, is_trained: bool) -> Adap
 
 
 def chunk_spec(spec: FeedSpec, mesh: Mesh, rows: int, capacity: int) -> PyTree:
-    """Return the specs of a chunk: leaves `[capacity, rows, ...]`, placed like the feed's."""
+    """Return the specs of a chunk: leaves `[capacity, padded, ...]`, placed like the feed's."""
+    rows = padded_rows(mesh, rows)
     sharding = batch_sharding(mesh, rows, stacked=True)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((capacity, rows, *x.shape[1:]), x.dtype, sharding=sharding),
@@ -169,9 +171,17 @@ def specs_of_chunk(chunk: PyTree) -> PyTree:
     )
 
 
-def spec_in_chunk(chunk: PyTree, mesh: Mesh) -> PyTree:
-    """Return the spec of one batch of a chunk that holds the batches themselves."""
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), chunk)
+def spec_in_chunk(chunk: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
+    """Return the spec of one batch of a chunk that holds the batches themselves.
+
+    Args:
+        chunk: On the devices.
+        mesh: The devices.
+        rows: Of a batch; None where it has no padding.
+    """
+    shape = slice(1, None) if rows is None else slice(2, None)
+    first = () if rows is None else (rows,)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[shape]), x.dtype), chunk)
     return on_mesh(batch, mesh)
 
 

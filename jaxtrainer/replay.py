@@ -97,8 +97,8 @@ class Replay:
         source, epoch = self.feed.source, self._epoch_read(epoch)
         if isinstance(source, IndexedSource):
             first = batch_idx * self.feed.rows
-            rows = source.loader.batch_indices(epoch)[None, first : first + self.feed.rows]
-            return as_host_batch(source.gather(source.loader.local_rows(rows)[0]))
+            rows = source.loader.batch_indices(epoch)[first : first + self.feed.rows]
+            return as_host_batch(source.gather(rows))
         return as_host_batch(next(source.open(epoch, batch_idx))[0])
 
     def _epoch_read(self, epoch: int) -> int:

@@ -6,6 +6,7 @@ Imports `errors` and `types` only.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,12 +67,12 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
 def batch_sharding(mesh: Mesh, batch_size: int, *, stacked: bool) -> NamedSharding:
     """Return where a batch lives: rows divided over the data axes, or whole on each device.
 
-    A batch that does not divide evenly (the last one of an evaluation) is replicated, so that
-    no row is dropped and none counts twice.
+    A batch that does not divide evenly (the last one of an evaluation) is padded by the feed and
+    cut to its rows in the step, so that no row is dropped and none counts twice.
 
     Args:
         mesh: The device mesh.
-        batch_size: Rows of the batch.
+        batch_size: Rows of the batch, with its padding.
         stacked: Whether batches are stacked along a leading axis, `[steps, batch, ...]`.
     """
     axes = tuple(a for a in DATA_AXES if a in mesh.shape)
@@ -100,7 +101,20 @@ def is_lockstep(mesh: Mesh) -> bool:
 
 
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Put a pytree of host arrays on the devices; of several processes each gives its rows."""
-    if jax.process_count() > 1:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
-    return jax.device_put(tree, sharding)
+    """Put a pytree of host arrays on the devices; each process has the arrays whole."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: _placed(x, sharding), tree)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.Array):
+        if not x.is_fully_addressable:
+            return x if x.sharding == sharding else jax.jit(lambda a: a, out_shardings=sharding)(x)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            words = _placed(jax.random.key_data(x), sharding)
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    # Not `device_put`, which compares the arrays of all processes: that is a collective, and the
+    # feed's thread would run it at another place among the others than its peers.
+    array = np.asarray(x)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -275,7 +275,7 @@ def build_eval_step(
         _, (_, row, weights, _) = trace.run(params, model_state, batch, None)
         return row, weights
 
-    inner = jax.jit(forward, inline=True)
+    num_rows, inner = _rows(batch), jax.jit(forward, inline=True)
     with matmuls_in(options.matmul_precision):
         refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
     totals = Totals(tuple(trace.recorder.specs.values()))
@@ -288,7 +288,8 @@ def build_eval_step(
 
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             sums, rows = carry
-            row, weights = inner(params, model_state, _take(options, resident, chunk, i))
+            given = _take(options, resident, chunk, i, num_rows)
+            row, weights = inner(params, model_state, given)
             at = i if length > 1 else 0
             rows = lax.dynamic_update_index_in_dim(rows, totals.scalars(row), at, 0)
             return totals.update(sums, row, weights), rows
@@ -306,15 +307,15 @@ def build_eval_step(
     )
 
 
-def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
-    """Return `fn(params, model_state, resident, chunk, index) -> predictions` for one batch."""
+def build_predict_step(options: StepOptions, rows: int) -> Callable[..., PyTree]:
+    """Return `fn(params, model_state, resident, chunk, index) -> predictions` for a batch."""
     module = options.module
 
     @_with_matmuls(options)
     def program(
         params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
     ) -> PyTree:
-        batch = _prepare(options, _take(options, resident, chunk, index))
+        batch = _prepare(options, _take(options, resident, chunk, index, rows))
         where = f"{type(module).__name__}.predict_step"
         with scopes_of(options.adapter):
             given = options.layout.whole_params(options.precision.cast_params(params))
@@ -425,8 +426,13 @@ def _loop(control: Array, body: Callable[[Array, Any], Any], carry: Any) -> Any:
     return lax.fori_loop(start, stop, body, carry)
 
 
-def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> PyTree:
+def _take(
+    options: StepOptions, resident: PyTree, chunk: PyTree, i: Array, rows: int | None = None
+) -> PyTree:
     batch = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), chunk)
+    if rows is not None:
+        # A padded batch is cut to its rows: XLA divides them unevenly, and moves none.
+        batch = jax.tree.map(lambda a: a if len(a) == rows else a[:rows], batch)
     if not options.resident:
         return batch
     return jax.tree.map(lambda a: a.at[batch].get(mode="promise_in_bounds"), resident)

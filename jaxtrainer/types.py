@@ -55,10 +55,6 @@ class IndexedLoader(Protocol):
         """Return the rows of an epoch in order: `[num_samples]`, int32."""
         ...
 
-    def local_rows(self, block: Any) -> Any:
-        """Return this process's part of the rows `[batches, rows]` of some batches."""
-        ...
-
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         ...

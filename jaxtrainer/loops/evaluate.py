@@ -151,6 +151,7 @@ class _Pass:
             for chunk in feed.start(loader.step.capacity):
                 totals = self._run_chunk(loader, feed, chunk, totals, done)
                 done += chunk.size
+                self.run.settle()
                 if self.run.stop_reason == "interrupted":
                     break
         finally:
@@ -167,7 +168,7 @@ class _Pass:
         count = chunk.size if fused and not self.starts else 1
         for start in range(0, chunk.size, count):
             if self.starts:
-                batch = BatchView(chunk.tree, resident, start).get()
+                batch = BatchView(chunk, resident, start).get()
                 self.hook("batch_start")(run, batch, batch_idx + start)
             stop = min(start + count, chunk.size)
             control = loader.step.control(chunk)
@@ -177,6 +178,6 @@ class _Pass:
             run.eval_batch_idx += stop - start
             for i in range(start, stop if self.ends else start):
                 outputs = LoggedOutputs(loader.step.specs, rows, i if fused else 0)
-                batch = BatchView(chunk.tree, resident, i).get()
+                batch = BatchView(chunk, resident, i).get()
                 self.hook("batch_end")(run, outputs, batch, batch_idx + i)
         return totals

@@ -78,6 +78,7 @@ def fit(run: Run, plan: FitPlan) -> None:
         _validate_at_end(run, plan, is_whole)
         if run.total_batches:
             hooks.on_save_point(run)
+            run.settle()
         _validate_at_end(run, plan, is_whole)
         if is_whole:
             run.next_epoch()
@@ -125,6 +126,7 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
                 _validate(run, plan)
             if not is_last:
                 hooks.on_save_point(run)
+                run.settle()
             if run.is_done and not is_last:
                 return False
         if chunk.is_last:
@@ -144,6 +146,7 @@ def _validate(run: Run, plan: FitPlan) -> None:
     if plan.validate is not None and run.stop_reason not in _CUT_SHORT:
         plan.validate(run)
         run.stage = "train"
+        run.settle()
 
 
 def _make_up_validation(run: Run, plan: FitPlan) -> None:
@@ -181,7 +184,7 @@ def _room(run: Run, plan: FitPlan) -> int:
 def _wants_to_skip(run: Run, plan: FitPlan, chunk: Chunk, start: int) -> bool:
     if not plan.hooks.has("on_train_batch_start"):
         return False
-    batch = BatchView(chunk.tree, plan.resident, start)
+    batch = BatchView(chunk, plan.resident, start)
     return plan.hooks.on_train_batch_start(run, batch.get(), run.batch_idx) == -1
 
 
@@ -196,7 +199,7 @@ def _end_batches(
 ) -> None:
     for i in range(count):
         outputs = LoggedOutputs(plan.totals.specs, rows, first_row + i)
-        batch = BatchView(chunk.tree, plan.resident, start + i)
+        batch = BatchView(chunk, plan.resident, start + i)
         plan.hooks.on_train_batch_end(run, outputs, batch.get(), run.batch_idx - count + i)
 
 
@@ -209,4 +212,5 @@ def _end_epoch(run: Run, plan: FitPlan) -> None:
         run.record_arrays(plan.totals.arrays(totals))
         run.record("epoch", plan.totals.compute(totals))
     plan.hooks.on_train_epoch_end(run)
+    run.settle()
     plan.refuse_stale()

@@ -75,7 +75,7 @@ def _predict_loader(
         for chunk in feed:
             step = loader.step_for(chunk)
             for i in range(chunk.size):
-                batch = BatchView(chunk.tree, loader.resident, i)
+                batch = BatchView(chunk, loader.resident, i)
                 if hooks.has("on_predict_batch_start"):
                     hooks.on_predict_batch_start(run, batch.get(), dispatched)
                 out = step(*variables, loader.resident, chunk.tree, np.int32(i))

@@ -1,4 +1,4 @@
-"""One batch of a chunk, looked at only if a hook does. Imports `types` only."""
+"""One batch of a chunk, looked at only if a hook does. May import levels 0 to 2."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from typing import Any
 
 import jax
 
+from jaxtrainer.feed import Chunk
+from jaxtrainer.rows import local_batch, on_this_process
 from jaxtrainer.types import PyTree
 
 
 class BatchView:
-    """Batch `index` of a stacked chunk; slicing the device arrays waits until `get` is used."""
+    """Batch `index` of a stacked chunk; slicing the device arrays waits until `get` is used.
 
-    def __init__(self, tree: PyTree, resident: PyTree, index: int) -> None:
-        self._tree = tree
+    Of several processes each sees the rows that it holds.
+    """
+
+    def __init__(self, chunk: Chunk, resident: PyTree, index: int) -> None:
+        self._tree = chunk.tree
+        self._num_held = chunk.num_held
         self._resident = resident
         self._index = index
 
@@ -25,8 +31,9 @@ class BatchView:
 
     def _leaf(self, tree: PyTree) -> PyTree:
         if self._resident is None:
-            return jax.tree.map(lambda a: a[self._index], tree)
-        return jax.tree.map(lambda a: a[self._tree[self._index]], tree)
+            return jax.tree.map(lambda a: local_batch(a, self._index, self._num_held), tree)
+        rows = local_batch(self._tree, self._index, self._num_held)
+        return jax.tree.map(lambda a: on_this_process(a)[rows], tree)
 
 
 class _LazyDict(Mapping[str, Any]):
