@@ -267,7 +267,8 @@ class StackedChunks:
         for read, is_last in with_last(self._usable(epoch, start, state)):
             is_failed = isinstance(read, _Failed)
             # Training takes what was read before an error: it is saved, and resumed, from there.
-            takes_rest = not (is_failed and self.options.keep_ragged)
+            # Of several processes the others have no such chunk: they are told of the error.
+            takes_rest = not (is_failed and (self.options.keep_ragged or self.options.signs))
             if group and takes_rest and (is_failed or not read.is_like(group[0])):
                 yield self._chunk(group, capacity, is_last=False)
                 group = []
