@@ -64,6 +64,7 @@ LEVELS = {
     "jaxtrainer.datamodule": 2,
     "jaxtrainer.feed": 2,
     "jaxtrainer.guard": 2,
+    "jaxtrainer.indexed": 2,
     "jaxtrainer.interrupts": 2,
     "jaxtrainer.manifest": 2,
     "jaxtrainer.isolation": 2,

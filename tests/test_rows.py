@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from jaxtrainer import data
-from jaxtrainer.chunks import IndexedChunks, ReadOptions
+from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import open_source
 from jaxtrainer.grain_source import MapSource
+from jaxtrainer.indexed import IndexedChunks
 from jaxtrainer.rows import held_rows, padded_rows, place_chunk
 from jaxtrainer.sharding import batch_sharding, build_mesh
 
@@ -87,7 +88,7 @@ def test_chunks_of_all_processes_are_the_epoch(
     count: int, samples: int, size: int, start: int, gathers: bool
 ):
     mesh, epoch = build_mesh({"data": 8}), 3
-    arrays = np.arange(samples)
+
     loader = data.from_arrays(np.arange(samples), batch_size=size, shuffle=True, seed=7)
     of_all: list[list[np.ndarray]] = []
     for group in groups(count):
