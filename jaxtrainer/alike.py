@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from jax._src import distributed as runtime
 from jaxtrainer import distributed
 from jaxtrainer.chunks import HostChunk
 from jaxtrainer.data import IndexedSource
-from jaxtrainer.errors import DataError, DistributedTimeoutError
+from jaxtrainer.distributed import TIMEOUT_S
+from jaxtrainer.errors import DataError, DistributedError, DistributedTimeoutError
 from jaxtrainer.grain_source import MapSource
 from jaxtrainer.rows import digest_of
 from jaxtrainer.types import PyTree
@@ -49,6 +51,42 @@ def check_alike(label: str, make: Callable[[], Any], limit_s: float | None) -> A
         raise
     _check(label, distributed.gather(feed.facts, name, limit_s))
     return feed
+
+
+def once_per_host(job: Callable[[], None], name: str, limit_s: float = TIMEOUT_S) -> None:
+    """Run a job in the first process of each host, while the others wait for its end.
+
+    Args:
+        job: E.g. what downloads data.
+        name: Of it, for messages.
+        limit_s: How long to wait.
+
+    Raises:
+        DistributedError: In the processes that have waited, where it failed.
+    """
+    hosts = distributed.gather(socket.gethostname(), f"{name}/host")
+    _run_in(hosts.index(hosts[distributed.index()]) == distributed.index(), job, name, limit_s)
+
+
+def in_first(job: Callable[[], None], name: str, limit_s: float = TIMEOUT_S) -> None:
+    """Run a job in process 0, while the others wait for its end; as `once_per_host`."""
+    _run_in(distributed.is_first(), job, name, limit_s)
+
+
+def _run_in(is_chosen: bool, job: Callable[[], None], name: str, limit_s: float) -> None:
+    error: Exception | None = None
+    if is_chosen:
+        try:
+            job()
+        except Exception as caught:
+            error = caught
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    failures = distributed.gather(text, name, limit_s)
+    if error is not None:
+        raise error
+    for process, failure in enumerate(failures):
+        if failure is not None:
+            raise DistributedError(f"{name} failed in process {process}: {failure}")
 
 
 def facts_of(first: PyTree, rows: int, num_batches: int | None, *, is_own: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a loader to stacked chunks of batches in host memory, checked and in order.
 
-`IndexedChunks` cuts them from arrays in memory, `StackedChunks` stacks what any other loader
-yields. May import levels 0 and 1.
+`StackedChunks` stacks what a loader yields; of arrays in memory `indexed.IndexedChunks` cuts them.
+May import levels 0 and 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from jaxtrainer.data import (
-    IndexedSource,
     Source,
     as_host_batch,
     check_spec,
@@ -125,71 +124,6 @@ class Chunks(Protocol):
         ...
 
 
-class IndexedChunks:
-    """Chunks of arrays in memory: gathered by row index, or the indices themselves.
-
-    Args:
-        source: The arrays.
-        options: How to read them.
-        gathers: Whether to gather the rows here; if not, chunks are int32 indices.
-    """
-
-    def __init__(self, source: IndexedSource, options: ReadOptions, *, gathers: bool) -> None:
-        self.options = options
-        self.reading = f"a {options.stage} batch"
-        self.shapes: Shapes | None = None
-        self.gathers = gathers
-        self._loader = source.loader
-        self._num_samples = len(jax.tree.leaves(self._loader.arrays)[0])
-        # An epoch of fewer samples than one batch is one smaller batch.
-        self._batch = min(self._loader.batch_size, self._num_samples)
-        self.first = as_host_batch(source.gather(self._loader.batch_indices(0)[: self._batch]))
-        self.spec = spec_of(self.first)
-        self.rows = num_rows(self.first, f"{options.stage} batch 0")
-        has_ragged = len(self._loader) * self._batch > self._num_samples
-        self.ragged_rows = self._num_samples % self._batch if has_ragged else 0
-
-    @property
-    def num_batches(self) -> int | None:
-        """See `Chunks`."""
-        length = self._num_samples // self._batch + bool(
-            self.ragged_rows and self.options.keep_ragged
-        )
-        return length if self.options.limit is None else min(self.options.limit, length)
-
-    def limited(self, limit: int | None) -> IndexedChunks:
-        """See `Chunks.limited`."""
-        return _limited(self, limit)
-
-    def close(self) -> None:
-        """See `Chunks.close`."""
-
-    def read(self, epoch: int, start: int, state: Any, capacity: int) -> Iterator[HostChunk]:
-        """See `Chunks.read`."""
-        order, batch = self._loader.batch_indices(epoch), self._batch
-        length = self.num_batches or 0
-        whole = min(length, self._num_samples // batch)
-        for i in range(start, whole, capacity):
-            size = min(capacity, whole - i)
-            block = order[i * batch : (i + size) * batch].reshape(size, batch)
-            yield self._chunk(block, capacity, is_last=i + size == length)
-        if length > max(whole, start):
-            yield self._chunk(order[None, whole * batch :], 1, is_last=True)
-
-    def _chunk(self, block: np.ndarray, capacity: int, *, is_last: bool) -> HostChunk:
-        size, rows = block.shape
-        held = self.options.held(rows)
-        block = block if held is None else held.of_indices(block)
-        if self.gathers:
-            arrays = jax.tree.map(lambda a: _gather(a, block, capacity), self._loader.arrays)
-            tree = as_host_batch(arrays)
-        else:
-            # Rows past the last batch are never read, but must be valid indices.
-            tree = np.zeros((capacity, block.shape[1]), np.int32)
-            tree[:size] = block
-        return HostChunk(tree, size, rows, is_last, [None] * size)
-
-
 class StackedChunks:
     """Chunks of the batches that a loader yields, each checked against the first.
 
@@ -230,7 +164,10 @@ class StackedChunks:
         self.rows = num_rows(self.first, where)
         self.spec = spec_of(self.first)
         # Of a part of each batch the whole is told.
-        self._rows_of = source.rows_of if getattr(source, "is_partial", False) else None
+        is_partial = getattr(source, "is_partial", False)
+        self._rows_of: Callable[[int, int], int] | None = (
+            getattr(source, "rows_of", None) if is_partial else None
+        )
         if self._rows_of is not None:
             self.rows = self._rows_of(start, self.rows)
             self.spec = with_rows(self.spec, self.rows)
@@ -246,7 +183,7 @@ class StackedChunks:
 
     def limited(self, limit: int | None) -> StackedChunks:
         """See `Chunks.limited`."""
-        limited = _limited(self, limit)
+        limited = with_limit(self, limit)
         self._peeked = None
         return limited
 
@@ -267,7 +204,8 @@ class StackedChunks:
         for read, is_last in with_last(self._usable(epoch, start, state)):
             is_failed = isinstance(read, _Failed)
             # Training takes what was read before an error: it is saved, and resumed, from there.
-            takes_rest = not (is_failed and self.options.keep_ragged)
+            # Of several processes the others have no such chunk: they are told of the error.
+            takes_rest = not (is_failed and (self.options.keep_ragged or self.options.signs))
             if group and takes_rest and (is_failed or not read.is_like(group[0])):
                 yield self._chunk(group, capacity, is_last=False)
                 group = []
@@ -382,21 +320,12 @@ def _noted(error: Exception, where: str) -> Exception:
     return error
 
 
-def _limited(chunks: Any, limit: int | None) -> Any:
+def with_limit(chunks: Any, limit: int | None) -> Any:
+    """Return the chunks with at most this many batches an epoch."""
     limits = [n for n in (limit, chunks.options.limit) if n is not None]
     limited = copy.copy(chunks)
     limited.options = dataclasses.replace(chunks.options, limit=min(limits, default=None))
     return limited
-
-
-def _gather(array: np.ndarray, block: np.ndarray, capacity: int) -> np.ndarray:
-    size, rows = block.shape
-    chunk = np.empty((capacity, rows, *array.shape[1:]), array.dtype)
-    # Never read on the device, but looked at like the rest for numbers that do not fit.
-    chunk[size:] = 0
-    flat = chunk[:size].reshape(size * rows, *array.shape[1:])
-    array.take(block.reshape(-1), axis=0, out=flat, mode="clip")
-    return chunk
 
 
 def _stack(leaves: tuple[Any, ...], capacity: int) -> np.ndarray:

@@ -138,7 +138,7 @@ class Source(Protocol):
 
 
 class IndexedSource:
-    """Arrays in memory, read by row index (`chunks.IndexedChunks`) instead of opened."""
+    """Arrays in memory, read by row index (`indexed.IndexedChunks`) instead of opened."""
 
     def __init__(self, loader: IndexedLoader) -> None:
         self.loader = loader

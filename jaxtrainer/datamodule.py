@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtrainer.alike import once_per_host
 from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, DataError, did_you_mean
 from jaxtrainer.module import TrainModule
@@ -21,6 +22,7 @@ HOOK_OF = {
     "test": "test_dataloader",
     "predict": "predict_dataloader",
 }
+_PREPARE_S = 6 * 3600.0
 _HOOKS = ("prepare_data", "setup", "teardown", "on_exception", "state_dict", "load_state_dict")
 
 
@@ -46,7 +48,8 @@ class DataModule:
     def prepare_data(self) -> None:
         """Download or convert what is not there yet.
 
-        Runs once a call, on every process, before `setup`; keep its results on disk.
+        Runs once a call, before `setup`; keep its results on disk. Of several processes the first
+        of each host runs it, and the others wait, up to six hours.
         """
 
     def setup(self, stage: str) -> None:
@@ -193,10 +196,14 @@ class Loaders:
         return loader
 
     def prepare(self) -> None:
-        """Call `prepare_data` of the data module, then that of the module."""
-        for owner in (self.datamodule, self.module):
-            if owner is not None:
-                owner.prepare_data()
+        """Call `prepare_data` of the data module, then that of the module, once on each host."""
+
+        def job() -> None:
+            for owner in (self.datamodule, self.module):
+                if owner is not None:
+                    owner.prepare_data()
+
+        once_per_host(job, "prepare_data", _PREPARE_S)
 
     def _owner(self, stage: str) -> DataModule | TrainModule | None:
         for owner, base in ((self.datamodule, DataModule), (self.module, TrainModule)):

@@ -18,10 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrainer.alike import Together, facts_of, needs_agreement
-from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
+from jaxtrainer.chunks import Chunks, HostChunk, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
 from jaxtrainer.grain_source import MapSource
+from jaxtrainer.indexed import IndexedChunks
 from jaxtrainer.rows import Held, held_rows, padded_rows, place_chunk
 from jaxtrainer.shapes import Shape, Shapes
 from jaxtrainer.sharding import is_lockstep, place, replicated

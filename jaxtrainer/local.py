@@ -54,5 +54,6 @@ class LocalSource:
         return num_read * jax.process_count()
 
     def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
-        """See `data.Source`."""
-        return self._source.open(epoch, start, state)
+        """See `data.Source`; the iterator's state, another in each process, is not kept."""
+        for batch, _ in self._source.open(epoch, start):
+            yield batch, None

@@ -100,7 +100,7 @@ def place_chunk(tree: PyTree, mesh: Mesh, rows: int) -> PyTree:
     places = held_rows(mesh, rows).places
 
     def place(leaf: np.ndarray) -> jax.Array:
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(padded)
             at = int(np.searchsorted(places, start))
             return leaf[:, at : at + stop - start]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -111,7 +112,7 @@ def _placed(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, jax.Array):
         if not x.is_fully_addressable:
             return x if x.sharding == sharding else jax.jit(lambda a: a, out_shardings=sharding)(x)
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             words = _placed(jax.random.key_data(x), sharding)
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     # Not `device_put`, which compares the arrays of all processes: that is a collective, and the

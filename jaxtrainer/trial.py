@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrainer.chunks import IndexedChunks, ReadOptions, StackedChunks
+from jaxtrainer.chunks import ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, open_source
 from jaxtrainer.dispatch import chunk_capacity
 from jaxtrainer.feed import FeedSpec, is_resident, resident_specs
+from jaxtrainer.indexed import IndexedChunks
 from jaxtrainer.sharding import num_data_shards
 from jaxtrainer.types import PyTree
 

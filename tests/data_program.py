@@ -1,4 +1,4 @@
-"""A program for `test_process_data`: reads, evaluates and predicts in as many processes as there are.
+"""A program for `test_process_data`: reads, evaluates and predicts in some processes.
 
 The step itself writes down what it sees: a number that changes with each sample's place in the
 batch, so that two runs have the same numbers only if each batch has the same samples in order.
@@ -7,6 +7,7 @@ batch, so that two runs have the same numbers only if each batch has the same sa
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrainer import data, distributed
+from jaxtrainer import Callback, DataModule, data, distributed
 from jaxtrainer.callbacks import Checkpoint, PredictionWriter
 from jaxtrainer.errors import JaxTrainerError
 from tests import tiny
@@ -39,7 +40,8 @@ class Watching(tiny.Tiny):
 
     def validation_step(self, model: Any, batch: Any) -> Any:
         self.log("mean_id", batch["id"].astype(jnp.float32).mean())
-        self.log("most", batch["x"].max(), reduce="max")
+        # No sample is 0, but padding would be.
+        self.log("least", (batch["x"] ** 2).sum(1).min(), reduce="min")
 
     def predict_step(self, model: Any, batch: Any) -> Any:
         return {"id": batch["id"], "x": batch["x"][:, :2] * 2}
@@ -127,18 +129,27 @@ def evaluated(kind: str, *ragged: str) -> None:
         say(**{f"metrics_{last}": values, f"rows_{last}": rows})
 
 
+def several() -> None:
+    """Evaluate several loaders, as far as a limit."""
+    loaders = {"short": loader("list", SIZE + 3), "long": loader("records", 3 * SIZE)}
+    trainer = tiny.make_trainer(mesh=MESH, limit_val_batches=2)
+    say(several=trainer.validate(Watching(), loaders, verbose=False))
+
+
 def written(folder: str) -> None:
     """Predict to disk."""
     trainer = tiny.make_trainer(PredictionWriter(folder), mesh=MESH)
     say(returned=trainer.predict(Watching(), loader("list", 2 * SIZE + 5)))
+    try:
+        trainer.predict(Watching(), loader("list"))
+    except JaxTrainerError as error:
+        say(again=f"{type(error).__name__}: {error}")
 
 
 def seen() -> None:
-    """Say which records of a Grain dataset this process has read in two batches."""
+    """Say which records of a Grain dataset this process has read in an epoch."""
     source = Records()
     dataset = grain.MapDataset.source(source).batch(SIZE)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    del options
     tiny.fit(dataset, module=Watching(), mesh=MESH, max_epochs=1)
     say(read=sorted(source.read))
 
@@ -159,6 +170,29 @@ def resumed(folder: str, kind: str, until: str) -> None:
     say(order=list(result.history["train/order"].values))
 
 
+class Prepared(DataModule):
+    """Counts on disk how often it was prepared."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def prepare_data(self) -> None:
+        time.sleep(0.5)
+        (self.folder / f"{distributed.index()}").touch()
+
+    def setup(self, stage: str) -> None:
+        say(prepared=sorted(path.name for path in self.folder.iterdir()))
+
+    def val_dataloader(self) -> Any:
+        return loader("list")
+
+
+def prepared(folder: str) -> None:
+    """Validate with a data module that prepares its data."""
+    Path(folder).mkdir(exist_ok=True)
+    tiny.make_trainer(mesh=MESH).validate(Watching(), Prepared(Path(folder)), verbose=False)
+
+
 def refused() -> None:
     """Say how loaders that differ between the processes are refused."""
     index = distributed.index()
@@ -168,7 +202,7 @@ def refused() -> None:
         "own_unmarked": Stream([*part, *part]),
         "shorter_list": whole[: 4 - index],
         "shorter_stream": Stream(whole[: 4 - index]),
-        "later_change": Stream(whole[:2] + [whole[2 + index]]),
+        "later_change": Stream([*whole[:2], whole[2 + index]]),
         "marked_twice": data.process_local(Stream([*whole])),
         "one_is_empty": whole if index == 0 else [],
         "one_fails": Stream([*whole[:2], {"x": whole[0]["x"]}] if index else whole),
@@ -183,7 +217,6 @@ def refused() -> None:
 
 def looked() -> None:
     """Say what a callback sees of a batch."""
-    from jaxtrainer import Callback
 
     class Look(Callback):
         def on_train_batch_end(self, run: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -73,6 +73,7 @@ LEVELS = {
     "jaxtrainer.guard": 2,
     "jaxtrainer.layout": 2,
     "jaxtrainer.partition": 2,
+    "jaxtrainer.indexed": 2,
     "jaxtrainer.interrupts": 2,
     "jaxtrainer.loss_scale": 2,
     "jaxtrainer.manifest": 2,

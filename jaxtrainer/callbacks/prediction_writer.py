@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrainer.alike import in_first
 from jaxtrainer.callback import Callback
 from jaxtrainer.data import leaf_name, num_rows
+from jaxtrainer.distributed import is_first
 from jaxtrainer.errors import ConfigError, DataError, RunDirError, checks_options
 from jaxtrainer.remote import refuse_url
 from jaxtrainer.run import Run
@@ -34,7 +36,8 @@ class PredictionWriter(Callback):
     Each batch becomes `batch_000000.npz`, ..., an archive of its leaves by name; `index.json`
     comes last, when all are written. `trainer.predict` then returns None, unless
     `return_predictions=True`. `read_predictions` yields the batches again. Of a dict of loaders
-    each has a directory of its name in `dirpath`.
+    each has a directory of its name in `dirpath`. Of several processes the first one writes, all
+    rows in order.
 
     Args:
         dirpath: Directory for the files; made if missing.
@@ -73,12 +76,15 @@ class PredictionWriter(Callback):
     def setup(self, run: Run) -> None:
         """Open the directory, before anything compiles."""
         if run.stage == "predict":
-            _open_empty(Path(self.dirpath))
+            in_first(lambda: _open_empty(Path(self.dirpath)), "PredictionWriter")
 
     def on_predict_batch_end(
         self, run: Run, outputs: PyTree, batch: PyTree, batch_idx: int
     ) -> None:
         """Write the batch, or keep it until the end."""
+        # Every process has the predictions of all.
+        if not is_first():
+            return
         name = run.loader_name or ""
         if name not in self._parts:
             self._parts[name] = _Part(Path(self.dirpath, name))
