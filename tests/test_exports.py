@@ -21,7 +21,9 @@ PUBLIC = [
     "data",
     "errors",
     "load_params",
+    "plot",
     "read_predictions",
+    "report",
     "testing",
 ]
 CALLBACKS = [
@@ -44,6 +46,7 @@ CALLBACKS = [
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
+    "Report",
     "StochasticWeightAveraging",
     "TerminateOnNaN",
     "Throughput",
