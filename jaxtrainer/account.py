@@ -228,7 +228,8 @@ def _json_rows(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _from_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    history, found = History(), {"num_steps": 0}
+    history = History()
+    found: dict[str, Any] = {"num_steps": 0}
     for row in rows:
         kind, step = row["kind"], int(row["step"])
         if kind in ("step", "epoch"):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -41,7 +43,7 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def describe_devices(devices: list[jax.Device]) -> str:
+def describe_devices(devices: Iterable[Any]) -> str:
     """Return `8 x cpu` or `4 x gpu (NVIDIA H100)`."""
     kinds = Counter((device.platform, device.device_kind) for device in devices)
     return ", ".join(

@@ -146,10 +146,9 @@ def _draw_line(axes: Any, line: Line, color: str) -> None:
     if line.is_faint:
         axes.plot(line.steps, line.values, color=color, alpha=0.35, linewidth=1.0)
         return
-    marker = (
-        "o" if len(line.values) == 1 or (line.kind == "epoch" and len(line.values) <= 60) else ""
-    )
-    axes.plot(line.steps, line.values, marker, ls="-", color=color, ms=3.5, label=line.name)
+    has_dots = len(line.values) == 1 or (line.kind == "epoch" and len(line.values) <= 60)
+    marker = "o" if has_dots else "None"
+    axes.plot(line.steps, line.values, marker=marker, ms=3.5, color=color, label=line.name)
 
 
 def _mark_epochs(axes: Any, ends: Mapping[int, int]) -> None:

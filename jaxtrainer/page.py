@@ -138,7 +138,7 @@ def _count(value: int | None) -> str | None:
 
 def _curves(account: Account) -> str:
     ends = some_epochs(epoch_ends(account.history, account.num_epochs), 8)
-    labels = {step: str(epoch) for epoch, step in ends.items()}
+    labels: dict[float, str] = {step: str(epoch) for epoch, step in ends.items()}
     if ends:
         first = min(ends)
         labels[ends[first]] = f"epoch {first}"

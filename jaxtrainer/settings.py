@@ -32,7 +32,7 @@ def settings_of(options: Any, module: object, callbacks: Iterable[object]) -> di
     return {
         "trainer": {k: v for k, v in plain(options).items() if k != "clock"},
         "module": {"class": type(module).__qualname__, **hyperparameters(module)},
-        "callbacks": {_name(callback): _arguments(callback) for callback in callbacks},
+        "callbacks": _by_class(callbacks),
     }
 
 
@@ -109,5 +109,10 @@ def _arguments(callback: object) -> dict[str, Any]:
     return _items({k: v for k, v in known.items() if k != "console"})
 
 
-def _name(callback: object) -> str:
-    return str(getattr(callback, "state_key", type(callback).__qualname__))
+def _by_class(callbacks: Iterable[object]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for callback in callbacks:
+        name = type(callback).__qualname__
+        count = sum(key.partition(" ")[0] == name for key in found)
+        found[f"{name} {count + 1}" if count else name] = _arguments(callback)
+    return found

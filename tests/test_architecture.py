@@ -86,6 +86,7 @@ LEVELS = {
     "jaxtrainer.step": 3,
     "jaxtrainer.callbacks": 4,
     "jaxtrainer.dispatch": 4,
+    "jaxtrainer.doctor": 4,
     "jaxtrainer.loggers": 4,
     "jaxtrainer.programs": 4,
     "jaxtrainer.plan": 4,
@@ -105,6 +106,7 @@ LEVELS = {
     "jaxtrainer.tuning": 6,
     "jaxtrainer.verify": 6,
     "jaxtrainer.cli": 7,
+    "jaxtrainer.commands": 6,
 }
 
 # Lower, and still not for these: a module at or below the key imports none of the prefixes.

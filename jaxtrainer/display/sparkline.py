@@ -1,6 +1,6 @@
 """A series of numbers as one line of blocks, or of ASCII where the terminal has no blocks.
 
-Knows numbers and rich only.
+Knows numbers, strings and rich.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import final
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
+
+from jaxtrainer.display.svg import share_of
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.-=+*%#"
@@ -41,10 +43,8 @@ def sparkline(values: Sequence[float], width: int = MAX_WIDTH, levels: str = BLO
     top = len(levels) - 1
     if not high > low:
         return "".join(levels[top // 2] if math.isfinite(m) else NOT_FINITE for m in means)
-    # Divided first: the difference of two large floats may be infinite.
-    scale = high / 2 - low / 2
     return "".join(
-        levels[round((mean / 2 - low / 2) / scale * top)] if math.isfinite(mean) else NOT_FINITE
+        levels[round(share_of(mean, low, high) * top)] if math.isfinite(mean) else NOT_FINITE
         for mean in means
     )
 

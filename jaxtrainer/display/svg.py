@@ -39,6 +39,13 @@ class Curve:
     is_faint: bool = False
 
 
+def share_of(value: float, low: float, high: float) -> float:
+    """Return where between two numbers a third one is, from 0 to 1, for floats of any size."""
+    # The difference of two large ones is infinite, half of the smallest ones 0.
+    half = 0.5 if math.isinf(high - low) else 1.0
+    return (value * half - low * half) / (high * half - low * half)
+
+
 @final
 class Axis:
     """A range of numbers on a range of pixels.
@@ -60,8 +67,8 @@ class Axis:
         self.low, self.high, self.start, self.end, self.is_log = low, high, start, end, is_log
 
     def __call__(self, value: float) -> float:
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        share = (self._scaled(value) / 2 - low / 2) / (high / 2 - low / 2)
+        """Return the pixel of a number."""
+        share = share_of(self._scaled(value), self._scaled(self.low), self._scaled(self.high))
         return self.start + share * (self.end - self.start)
 
     def _scaled(self, value: float) -> float:
