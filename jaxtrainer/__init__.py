@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from jaxtrainer.callbacks.prediction_writer import read_predictions
     from jaxtrainer.datamodule import DataModule
     from jaxtrainer.every import Every
+    from jaxtrainer.figure import plot
     from jaxtrainer.module import TrainModule
     from jaxtrainer.optim import Optimizer
+    from jaxtrainer.page import report
     from jaxtrainer.parts import build_step
     from jaxtrainer.precision import LossScale, Precision
     from jaxtrainer.pretrained import load_params
@@ -40,7 +42,9 @@ __all__ = [
     "data",
     "errors",
     "load_params",
+    "plot",
     "read_predictions",
+    "report",
     "testing",
 ]
 
@@ -58,7 +62,9 @@ _HOMES = {
     "Trainer": "trainer",
     "build_step": "parts",
     "load_params": "pretrained",
+    "plot": "figure",
     "read_predictions": "callbacks.prediction_writer",
+    "report": "page",
 }
 _MODULES = ("callbacks", "data", "errors", "testing")
 

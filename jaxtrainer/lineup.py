@@ -18,6 +18,7 @@ from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.callbacks.profiler import Profiler
 from jaxtrainer.callbacks.progress_bar import ProgressBar
+from jaxtrainer.callbacks.report import Report
 from jaxtrainer.checkpoint import find_checkpoint
 from jaxtrainer.checks import is_overridden
 from jaxtrainer.errors import (
@@ -30,7 +31,7 @@ from jaxtrainer.hooks import tunes
 from jaxtrainer.module import TrainModule
 from jaxtrainer.places import placed
 
-_SAVERS = (Checkpoint, OnExceptionCheckpoint, PredictionWriter)
+_SAVERS = (Checkpoint, OnExceptionCheckpoint, PredictionWriter, Report)
 
 
 class Lineup:

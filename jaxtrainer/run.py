@@ -162,6 +162,7 @@ class Run:
         owes_validation: Whether a validation was due and has not run to its end.
         metrics: Latest value on the host of every series.
         prog_bar: The series that the bar shows.
+        config: Options, hyper-parameters and callbacks of a `fit`, as plain data.
         cache_hits: Programs that were found compiled in the persistent cache.
         cache_misses: Programs that were not, and were compiled.
         state: The `TrainState` on the device; the arrays live until the next dispatch.

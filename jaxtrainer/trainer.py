@@ -40,6 +40,7 @@ from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits, Run
 from jaxtrainer.session import Session
+from jaxtrainer.settings import settings_of
 from jaxtrainer.traced import step_plan
 from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree
@@ -328,6 +329,9 @@ class Trainer:
                 tune(session)
                 train_loader = session.loader("train")
                 val_loader = session.loader("validate") if validates else None
+                # What a finder has set is a part of it.
+                callbacks = session.hooks.callbacks
+                session.run.config = settings_of(self.options, module, callbacks)
                 fit(session.run, fit_plan(session, train_loader, val_loader))
                 if session.run.stop_reason != "restore":
                     session.hooks.on_fit_end(session.run)

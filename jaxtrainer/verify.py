@@ -28,6 +28,7 @@ from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.callbacks.profiler import Profiler
 from jaxtrainer.callbacks.progress_bar import ProgressBar
+from jaxtrainer.callbacks.report import Report
 from jaxtrainer.callbacks.timer import Timer
 from jaxtrainer.checkpoint import find_checkpoint
 from jaxtrainer.datamodule import DataModule, Loaders
@@ -43,7 +44,7 @@ from jaxtrainer.types import PyTree
 
 _LEFT_OUT = (
     *(Checkpoint, OnExceptionCheckpoint, PredictionWriter, Profiler),
-    *(ModelSummary, ProgressBar, Timer),
+    *(ModelSummary, ProgressBar, Report, Timer),
 )
 """Callbacks that write or show something, or end a run by the clock."""
 

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxtrainer"
 LEVELS = {
     "jaxtrainer": 8,  # public names: above everything, so nothing inside may import it
     "jaxtrainer.errors": 0,
+    "jaxtrainer.settings": 0,
     "jaxtrainer.types": 0,
     "jaxtrainer.vocabulary": 0,
     "jaxtrainer.handed": 0,
@@ -28,6 +29,7 @@ LEVELS = {
     "jaxtrainer.data": 1,
     "jaxtrainer.display": 1,
     "jaxtrainer.duration": 1,
+    "jaxtrainer.environment": 1,
     "jaxtrainer.bundle": 1,
     "jaxtrainer.every": 1,
     "jaxtrainer.flops": 1,
@@ -62,14 +64,17 @@ LEVELS = {
     "jaxtrainer.watch": 1,
     "jaxtrainer.workers": 1,
     "jaxtrainer.alike": 2,
+    "jaxtrainer.account": 2,
     "jaxtrainer.averaging": 2,
     "jaxtrainer.callback": 2,
     "jaxtrainer.hooks": 2,
     "jaxtrainer.checks": 2,
     "jaxtrainer.chunks": 2,
     "jaxtrainer.configuration": 2,
+    "jaxtrainer.curves": 2,
     "jaxtrainer.datamodule": 2,
     "jaxtrainer.feed": 2,
+    "jaxtrainer.figure": 2,
     "jaxtrainer.guard": 2,
     "jaxtrainer.layout": 2,
     "jaxtrainer.partition": 2,
@@ -83,6 +88,7 @@ LEVELS = {
     "jaxtrainer.options": 2,
     "jaxtrainer.optim": 2,
     "jaxtrainer.outputs": 2,
+    "jaxtrainer.page": 2,
     "jaxtrainer.probe": 2,
     "jaxtrainer.rate": 2,
     "jaxtrainer.reread": 2,
@@ -96,6 +102,7 @@ LEVELS = {
     "jaxtrainer.step": 3,
     "jaxtrainer.callbacks": 4,
     "jaxtrainer.dispatch": 4,
+    "jaxtrainer.doctor": 4,
     "jaxtrainer.loggers": 4,
     "jaxtrainer.programs": 4,
     "jaxtrainer.plan": 4,
@@ -118,6 +125,7 @@ LEVELS = {
     "jaxtrainer.cli": 7,
     "jaxtrainer.launch": 7,
     "jaxtrainer.launched": 7,
+    "jaxtrainer.commands": 6,
 }
 
 # Lower, and still not for these: a module at or below the key imports none of the prefixes.

@@ -23,7 +23,9 @@ PUBLIC = [
     "data",
     "errors",
     "load_params",
+    "plot",
     "read_predictions",
+    "report",
     "testing",
 ]
 CALLBACKS = [
@@ -46,6 +48,7 @@ CALLBACKS = [
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
+    "Report",
     "StochasticWeightAveraging",
     "TerminateOnNaN",
     "Throughput",

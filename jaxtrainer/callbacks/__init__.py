@@ -19,6 +19,7 @@ from jaxtrainer.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.callbacks.profiler import Profiler
 from jaxtrainer.callbacks.progress_bar import ProgressBar
+from jaxtrainer.callbacks.report import Report
 from jaxtrainer.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from jaxtrainer.callbacks.terminate_on_nan import TerminateOnNaN
 from jaxtrainer.callbacks.throughput import Throughput
@@ -44,6 +45,7 @@ __all__ = [
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
+    "Report",
     "StochasticWeightAveraging",
     "TerminateOnNaN",
     "Throughput",

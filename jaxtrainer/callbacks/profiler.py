@@ -19,8 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from jaxtrainer.callback import Callback
-from jaxtrainer.callbacks.timer import named_phases
-from jaxtrainer.display.report import hook_table, phase_table
+from jaxtrainer.display.report import hook_table, named_phases, phase_table
 from jaxtrainer.errors import ConfigError, RunDirError, checks_options
 from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import render

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
-from jaxtrainer.display.report import phase_table
+from jaxtrainer.display.report import named_phases, phase_table
 from jaxtrainer.display.text import format_seconds
 from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, did_you_mean
@@ -23,23 +23,6 @@ from jaxtrainer.run import Run
 from jaxtrainer.types import Stage
 
 STAGES: tuple[Stage, ...] = ("train", "validate", "test", "predict")
-PHASES: dict[str, str] = {
-    "init": "initialisation",
-    "compile": "compilation",
-    "tune": "tuning",
-    "data": "waiting for data",
-    "device": "waiting for the device",
-    "dispatch": "dispatch",
-    "validate": "validation",
-    "checkpoint": "checkpoints",
-}
-"""How the report calls the phases of `run.timings`, in its order."""
-
-
-def named_phases(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds of `run.timings` by what the report calls the phases, in its order."""
-    known = {name: seconds.get(key, 0.0) for key, name in PHASES.items()}
-    return {**known, **{key: s for key, s in seconds.items() if key not in PHASES}}
 
 
 @final

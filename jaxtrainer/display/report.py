@@ -12,6 +12,24 @@ from rich.table import Table
 
 from jaxtrainer.display.text import format_seconds
 
+PHASES: dict[str, str] = {
+    "init": "initialisation",
+    "compile": "compilation",
+    "tune": "tuning",
+    "data": "waiting for data",
+    "device": "waiting for the device",
+    "dispatch": "dispatch",
+    "validate": "validation",
+    "checkpoint": "checkpoints",
+}
+"""How the report calls the phases of `run.timings`, in its order."""
+
+
+def named_phases(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of `run.timings` by what the report calls the phases, in its order."""
+    known = {name: seconds.get(key, 0.0) for key, name in PHASES.items()}
+    return {**known, **{key: s for key, s in seconds.items() if key not in PHASES}}
+
 
 def phase_table(seconds: Mapping[str, float], total_s: float) -> Table:
     """Return the time and the share of each phase; what no phase explains is `other`.
