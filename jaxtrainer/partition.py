@@ -29,7 +29,7 @@ the latency of a message, whatever its size.
 Rules = Mapping[str, Any]
 """What `Trainer(sharding=...)` says, pattern by pattern."""
 
-_EXAMPLE = "`sharding={'blocks/*/up/kernel': PartitionSpec(None, 'model')}`"
+_EXAMPLE = "`sharding={'blocks/*/up/kernel': jax.P(None, 'model')}`"
 
 
 def build_layout(
@@ -89,9 +89,10 @@ def fsdp_spec(shape: tuple[int, ...], axis: str, size: int) -> P | None:
     memory. None for less than `MIN_SIZE` numbers, or if no dimension is a multiple.
 
     Example:
-        >>> fsdp_spec((256, 1024), "fsdp", 8)
-        PartitionSpec(None, 'fsdp')
-        >>> fsdp_spec((1024,), "fsdp", 8)
+        >>> fsdp_spec((256, 1024), "fsdp", 8) == P(None, "fsdp")
+        True
+        >>> fsdp_spec((1024,), "fsdp", 8) is None
+        True
     """
     fits = [i for i, n in enumerate(shape) if n and n % size == 0]
     if not fits or math.prod(shape) < MIN_SIZE:
@@ -221,7 +222,7 @@ def _check_spec(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P, source: 
     if len(spec) > len(shape):
         raise ConfigError(
             f"{what}, which has {len(spec)} entries for {len(shape)} dimensions; use at most "
-            f"{len(shape)}: `{P(*tuple(spec)[: len(shape)])}`."
+            f"{len(shape)}: `jax.{P(*tuple(spec)[: len(shape)])}`."
         )
     axes = _axes_in(spec)
     for axis in axes:
@@ -241,7 +242,7 @@ def _check_spec(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P, source: 
             raise ConfigError(
                 f"{what}: dimension {i} of {shape[i]} does not divide by {parts}, the size of "
                 f"{entry!r}; {other}. Divide that one, use an axis of another size, or leave it "
-                f"whole: `{name!r}: PartitionSpec()`."
+                f"whole: `{name!r}: jax.P()`."
             )
 
 

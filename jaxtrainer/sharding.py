@@ -5,12 +5,14 @@ Imports `errors` and `types` only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,7 +32,9 @@ def build_mesh(mesh: Mapping[str, int] | Mesh | None) -> Mesh:
         ConfigError: If the sizes do not make up the devices there are.
     """
     if isinstance(mesh, Mesh):
-        return mesh
+        # The compiler divides what is computed, also on a mesh of `jax.make_mesh`, whose axes
+        # are explicit and would ask the model to say it.
+        return Mesh(mesh.devices, mesh.axis_names)
     if not isinstance(mesh, Mapping | None):
         raise ConfigError(f"mesh={mesh!r}: pass axis sizes, `mesh={{'data': 2}}`, or a Mesh.")
     sizes = dict(mesh or {"data": -1})
@@ -46,7 +50,32 @@ def build_mesh(mesh: Mapping[str, int] | Mesh | None) -> Mesh:
         )
     sizes = {name: len(devices) // fixed if n == -1 else n for name, n in sizes.items()}
     count = int(np.prod(list(sizes.values())))
-    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+    return Mesh(arranged(devices[:count], sizes), tuple(sizes))
+
+
+def arranged(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """Return devices in the shape of a mesh, so that slow links carry little.
+
+    Along the axes that divide the batch devices exchange gradients, once a step; along others
+    activations, in each layer. So the former lie across hosts (or slices), as far as they can, and
+    the latter within one. Within a TPU slice neighbours in the mesh are neighbours in its torus.
+    Elsewhere the order is that of JAX.
+    """
+    hosts = {_host_of(device) for device in devices}
+    across, left = dict.fromkeys(sizes, 1), len(hosts)
+    for axis in sorted(sizes, key=lambda axis: (*DATA_AXES, axis).index(axis)):
+        across[axis] = math.gcd(sizes[axis], left)
+        left //= across[axis]
+    shape = tuple(sizes.values())
+    if len(hosts) > 1 and left == 1:
+        within = [size // across[axis] for axis, size in sizes.items()]
+        by_process = isinstance(next(iter(hosts))[0], str)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, tuple(across.values()), devices, process_is_granule=by_process
+        )
+    if devices[0].platform == "tpu" and len(devices) == jax.device_count():
+        return mesh_utils.create_device_mesh(shape, devices)
+    return np.array(devices).reshape(shape)
 
 
 def num_data_shards(mesh: Mesh) -> int:
@@ -63,6 +92,12 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
     """Return abstract arrays that live whole on every device of the mesh."""
     sharding = replicated(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _host_of(device: Any) -> tuple[Any, ...]:
+    """Return what tells the hosts of devices apart: slices joined by a network, or processes."""
+    slice_index = getattr(device, "slice_index", None)
+    return ("process", device.process_index) if slice_index is None else (slice_index,)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, *, stacked: bool) -> NamedSharding:

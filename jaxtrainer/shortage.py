@@ -140,9 +140,11 @@ class Shortage:
             count = -(-line.each * rows * used // (usable - line.fixed))
             yield f"sharding: {int(count)} such devices would hold {rows} samples of a step"
         else:
+            is_whole = self.session.layout.is_whole
             yield (
                 f"sharding: {_size(line.fixed)} are on each device whatever the batch; more "
                 "devices that divide the batch alone do not help"
+                + (": divide the parameters too, `sharding='fsdp'`" if is_whole else "")
             )
 
     @property

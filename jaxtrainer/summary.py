@@ -41,6 +41,8 @@ class SummaryRow:
         device_bytes: Bytes of them on one device.
         flops: Floating-point operations in it of a step on one device, forward and backward; None
             where they are not known.
+        sharding: Which axes of the mesh divide its own arrays, `"kernel[-,model]"`, or those below
+            it; empty where nothing is divided.
     """
 
     path: str
@@ -53,6 +55,7 @@ class SummaryRow:
     size_bytes: int
     device_bytes: int
     flops: float | None = None
+    sharding: str = ""
 
     @property
     def is_trainable(self) -> bool:
@@ -107,8 +110,8 @@ class Summary:
     def _table(self, width: int) -> Table:
         columns = self._columns()
         # Where there is no room the least telling columns go, so that the others stay readable.
-        for name in ("share", "arrays", "FLOPs"):
-            if _needed(columns) > width:
+        for name in ("share", "arrays", "FLOPs", "divided by"):
+            if name in columns and _needed(columns) > width:
                 columns.pop(name)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for name in columns:
@@ -127,6 +130,7 @@ class Summary:
             "module": ["  " * (r.depth - 1) + r.path.rpartition("/")[2] for r in rows],
             "type": [r.kind for r in rows],
             "arrays": [r.arrays for r in rows],
+            "divided by": [r.sharding for r in rows],
             "params": [format_count(r.num_params) for r in rows],
             "share": [f"{r.num_params / whole:.1%}" for r in rows],
             "FLOPs": ["-" if r.flops is None else format_count(r.flops) for r in rows],
@@ -134,8 +138,9 @@ class Summary:
             "per device": [format_bytes(r.device_bytes) for r in rows],
             "trains": [r.trains for r in rows],
         }
-        if not any(columns["type"]):
-            columns.pop("type")
+        for name in ("type", "divided by"):
+            if not any(columns[name]):
+                columns.pop(name)
         if all(r.flops is None for r in rows):
             columns.pop("FLOPs")
         if all(r.device_bytes == r.size_bytes for r in rows):
@@ -245,6 +250,7 @@ def _row(path: str, params: Any, state: Any, kind: str, frozen: frozenset[str]) 
         num_state=num_state,
         size_bytes=param_bytes + state_bytes,
         device_bytes=_device_bytes((params, state)),
+        sharding=_divided(params),
     )
 
 
@@ -270,6 +276,29 @@ def _device_bytes(tree: Any) -> int:
 def _shard_shape(leaf: Any) -> tuple[int, ...]:
     sharding = getattr(leaf, "sharding", None)
     return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+
+
+def _divided(params: Any) -> str:
+    """Return how a module's own parameters are divided, or else the axes that divide any below."""
+    if not isinstance(params, Mapping):
+        return _axes(params)
+    own = {name: _axes(leaf) for name, leaf in params.items() if not isinstance(leaf, Mapping)}
+    if any(own.values()):
+        return ", ".join(f"{name}{axes}" for name, axes in own.items() if axes)
+    below = {axis: None for _, leaf in flat_items(params) for axis in _entries(leaf) if axis != "-"}
+    return ", ".join(below)
+
+
+def _axes(leaf: Any) -> str:
+    entries = _entries(leaf)
+    return f"[{','.join(entries)}]" if any(entry != "-" for entry in entries) else ""
+
+
+def _entries(leaf: Any) -> list[str]:
+    spec = tuple(getattr(getattr(leaf, "sharding", None), "spec", ()))
+    names = [entry if isinstance(entry, str) else "+".join(entry or ()) for entry in spec]
+    # As many as there are dimensions: what the spec leaves out is whole.
+    return [name or "-" for name in names] + ["-"] * (len(leaf.shape) - len(spec))
 
 
 def _arrays(tree: Any) -> Iterator[str]:

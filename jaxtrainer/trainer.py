@@ -95,13 +95,13 @@ class Trainer:
         sharding: How parameters are divided; optimiser state and averages follow them. `"ddp"`:
             each device has all of them. `"fsdp"`: each has its part, along the axis `"fsdp"` of
             the mesh, or `"data"` where there is none; of each parameter of 4,096 numbers or more
-            the largest dimension that the axis divides. Or rules, by patterns of the names that
-            `ModelSummary` shows, as in `Optimizer(wrt=...)`: `{"*/up/kernel": PartitionSpec(None,
-            "model")}`. The first that matches counts. A key that is the name of a logical axis,
-            `{"mlp": "model", "embed": None}`, says where the axes go that NNX parameters are
-            annotated with (`nnx.with_partitioning`). What neither rule nor annotation divides is
-            divided as by `"fsdp"` if the mesh has that axis, and else whole; so is everything
-            by default.
+            the largest dimension that the axis divides, of equal ones the first. Or rules, by
+            patterns of the names that `ModelSummary` shows, as in `Optimizer(wrt=...)`:
+            `{"*/up/kernel": jax.P(None, "model")}`; the first that matches counts. A key that is
+            the name of a logical axis, `{"mlp": "model", "embed": None}`, says where the axes go
+            that NNX parameters are annotated with (`nnx.with_partitioning`). What neither a rule
+            nor an annotation divides is divided as by `"fsdp"` if the mesh has that axis, and else
+            whole; without rules (None, the default) that is so, too.
         steps_per_dispatch: Steps that one call of the compiled program runs at most, or
             `"auto"`: found by measurement at the start, so that two processes may differ in it,
             and with some models in the last bits then. A resumed run keeps what it had.

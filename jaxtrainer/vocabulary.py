@@ -76,9 +76,12 @@ OF_THE_MODULE = {
 
 OF_THE_TRAINER = {
     "accelerator": "JAX takes the GPU or TPU it finds; the variable JAX_PLATFORMS chooses.",
-    "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default.",
+    "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default, and "
+    "`sharding=` says what each of them holds.",
     "num_nodes": "Call `jax.distributed.initialize()` first; the mesh spans all processes.",
-    "strategy": "How work is divided is said by `mesh=`.",
+    "strategy": "Write `sharding='ddp'`, which is the default, or `sharding='fsdp'`; for tensor "
+    "parallelism `mesh={'data': 2, 'model': 4}` with rules, `sharding={'*/up/kernel': "
+    "jax.P(None, 'model')}`.",
     "logger": "Values are in `result.history`; a callback gets them in `on_report` and at epoch "
     "ends.",
     "enable_checkpointing": "Checkpoints are made by a `Checkpoint` in `callbacks`, if any.",
