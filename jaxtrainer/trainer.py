@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Never
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxtrainer.accelerators import Accelerator
 from jaxtrainer.assemble import fit_plan
 from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
@@ -32,6 +33,7 @@ from jaxtrainer.metrics import is_private
 from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
 from jaxtrainer.plan import Plan
+from jaxtrainer.planning import plan_on
 from jaxtrainer.precision import parse_precision
 from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import FitResult, metrics_table
@@ -428,19 +430,58 @@ class Trainer:
                 kept.setdefault(name, []).append(values)
         return kept.get(None, kept) if return_predictions else None
 
-    def plan(self, module: TrainModule, batch: Any) -> Plan:
+    def plan(
+        self,
+        module: TrainModule,
+        batch: Any,
+        *,
+        mesh: Mapping[str, int] | Mesh | Literal["auto"] | None = None,
+        num_devices: int | None = None,
+        accelerator: str | Accelerator | None = None,
+    ) -> Plan:
         """Return what a training step costs, without allocating model or state.
+
+        With `mesh` also on more devices than there are, up to 2,048: the step is compiled for
+        virtual ones, which takes a few seconds, whatever their number. What it says then is by
+        XLA's backend for CPUs: parameters and state are exact, collectives those of its
+        partitioner (see `Plan.traffic`), temporaries a fair guess of what another backend needs.
 
         Args:
             module: What would be trained.
-            batch: A loader, or one batch of arrays or of `jax.ShapeDtypeStruct`.
+            batch: A loader, or one batch of arrays or of `jax.ShapeDtypeStruct`: the whole batch
+                of a step, of all devices together.
+            mesh: Axis sizes; the trainer's if None. `"auto"`: the one with the shortest step of
+                those that fit, over `data`, and over `fsdp` and `model` as far as the trainer's
+                `sharding` divides something along them. Each is compiled.
+            num_devices: Devices of the mesh, where it is `"auto"` or one of its sizes is -1; those
+                of this host if None.
+            accelerator: Estimate the time of a step on this kind of device: `"h100"`,
+                `"a100-80gb"`, `"tpu-v5p"` or another of `accelerators.ACCELERATORS`.
 
         Returns:
-            Parameters, bytes, operations and peak memory of the compiled step; it prints well.
+            Parameters, bytes, operations, collectives and peak memory of the compiled step, and
+            `plan.on(accelerator)`, the least time that it takes; it prints well.
+
+        Raises:
+            ConfigError: For a mesh that does not divide devices or batch, or an accelerator that
+                is not known.
+
+        Example:
+            >>> import jax, numpy as np
+            >>> from jaxtrainer.testing import TinyModule, tiny_loader
+            >>> batch = next(iter(tiny_loader(batch_size=64)))
+            >>> plan = Trainer().plan(TinyModule(), batch, mesh={"data": 64}, accelerator="h100")
+            >>> plan.num_devices, plan.estimate.bound, [row.op for row in plan.traffic]
+            (64, 'communication', ['all-reduce'])
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
         callbacks = self._lineup.for_module(module)
-        return step_plan(Session(self.options, callbacks, module, "fit", None), batch)
+
+        def make(options: Options, chosen: Accelerator | None) -> Plan:
+            return step_plan(Session(options, callbacks, module, "fit", None), batch, chosen)
+
+        asked = {"mesh": mesh, "num_devices": num_devices, "accelerator": accelerator}
+        return plan_on(make, self.options, **asked)
 
     def verify_resume(
         self,
