@@ -9,6 +9,8 @@ import difflib
 import inspect
 from typing import Any
 
+from flax import nnx
+
 from jaxtrainer.errors import AttributeChangedError, ConfigError
 from jaxtrainer.frozen import kept_tracers
 from jaxtrainer.module import TrainModule, step_name
@@ -113,7 +115,9 @@ def configured_model(module: TrainModule, rngs: Any) -> Any:
     """
     before = dict(vars(module))
     try:
-        model = module.configure_model(rngs)
+        # Annotations of its variables are for the layout; Flax would ask for a mesh here.
+        with nnx.use_eager_sharding(False):
+            model = module.configure_model(rngs)
     finally:
         # Not left there: the next call would take a leaked tracer for a trained model.
         kept = {name: vars(module).pop(name) for name in [*kept_tracers(vars(module))]}

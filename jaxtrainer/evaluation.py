@@ -149,7 +149,7 @@ class EvaluationStep:
             fn,
             donate_argnums=2,
             out_shardings=replicated(mesh),
-            compiler_options=self._session.options.compiler_options,
+            compiler_options=self._session.compiler_options,
         )
         title = self._title if is_first else of_chunk(self._title, self._spec, chunk)
         return self._session.compile(title, lambda: jitted.lower(*arguments).compile())
@@ -201,7 +201,7 @@ def _predict_loader(
         if shape not in compiled:
             arguments = (*variables, spec.resident, specs_of_chunk(chunk.tree), np.int32(0))
             # Traced before the compilation is announced, so that a bad step is found before it.
-            options = session.options.compiler_options
+            options = session.compiler_options
             lowered = jax.jit(fn, compiler_options=options).lower(*arguments)
             of_shape = title if shape == first else of_chunk(title, spec, chunk)
             compiled[shape] = session.compile(of_shape, lowered.compile)
@@ -256,6 +256,7 @@ def step_options(
         module=session.module,
         adapter=session.initializer.adapter,
         precision=session.options.precision,
+        layout=session.layout,
         traced=session.hooks.traced,
         transform=transform,
         resident=spec.resident is not None,

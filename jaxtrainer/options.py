@@ -36,6 +36,7 @@ class Options:
     clip_algorithm: str
     precision: Precision
     mesh: Mapping[str, int] | Mesh | None
+    sharding: Any
     steps_per_dispatch: int | str
     deterministic: bool
     max_recompiles: int

@@ -40,6 +40,7 @@ def build_step(
     gradient_clip_algorithm: Literal["norm", "value"] = "norm",
     precision: str = "32-true",
     mesh: Mapping[str, int] | Mesh | None = None,
+    sharding: Any = None,
     steps_per_dispatch: int | Literal["auto"] = "auto",
     compilation_cache: str | os.PathLike[str] | bool | None = None,
 ) -> tuple[TrainStep, TrainFeed]:
@@ -59,6 +60,7 @@ def build_step(
         gradient_clip_algorithm: `"norm"` or `"value"`.
         precision: `"32-true"`, `"bf16-mixed"` or `"bf16-true"`.
         mesh: Device mesh as axis sizes; all devices by default.
+        sharding: How parameters are divided over it.
         steps_per_dispatch: Steps of one call of the compiled program at most.
         compilation_cache: Directory of compiled programs; False for none.
 
@@ -83,6 +85,7 @@ def build_step(
         gradient_clip_algorithm=gradient_clip_algorithm,
         precision=precision,
         mesh=mesh,
+        sharding=sharding,
         steps_per_dispatch=steps_per_dispatch,
         compilation_cache=compilation_cache,
     )
@@ -198,7 +201,7 @@ class TrainStep:
         self._run, self._adapter = session.run, session.initializer.adapter
         self._totals = traced.program.totals
         self._dispatch, self._resident = dispatch, resident
-        self._make_state, self._given = make_state, session.initializer.given
+        self._make_state, self._given = make_state, traced.init_arguments[1]
         self._place = lambda x: place(x, replicated(session.mesh))
         self._controls = Controls(
             dispatch.capacity, self._place, counts_epochs=traced.counts_epochs

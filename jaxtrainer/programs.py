@@ -21,6 +21,7 @@ from jaxtrainer.checks import configured_model
 from jaxtrainer.control import APPLY
 from jaxtrainer.feed import FeedSpec
 from jaxtrainer.guard import Guard, init_guard
+from jaxtrainer.layout import Layout
 from jaxtrainer.module import TrainModule
 from jaxtrainer.precision import Precision
 from jaxtrainer.scopes import NamedModules
@@ -156,7 +157,9 @@ def named_step(
         `(jaxpr, shapes)`, as `jax.make_jaxpr(fn, return_shape=True)` does.
     """
     adapter: Any = NamedModules(options.adapter)
-    fn, _ = step_fn(replace(options, adapter=adapter), optimizer)
+    # Where things live is no part of what is computed.
+    plain = replace(options, adapter=adapter, layout=Layout(mesh=options.layout.mesh))
+    fn, _ = step_fn(plain, optimizer)
     with adapter.scopes():
         return jax.make_jaxpr(fn, return_shape=True)(*arguments)
 

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
-from jaxtrainer.checkpoint import read_record, restore_items, saved_names
+from jaxtrainer.checkpoint import read_record
 from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import IndexedSource, MapSource, Source, first_batches, open_source
 from jaxtrainer.datamodule import DataHooks, DataModule, Loaders
@@ -30,17 +31,20 @@ from jaxtrainer.errors import CheckpointMismatchError
 from jaxtrainer.feed import Feed
 from jaxtrainer.hooks import CallbackList
 from jaxtrainer.interrupts import Interrupts
+from jaxtrainer.layout import Layout
 from jaxtrainer.loaders import refuse_several
 from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
-from jaxtrainer.programs import Initializer
+from jaxtrainer.partition import build_layout
+from jaxtrainer.programs import Initializer, shardings
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
-from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
+from jaxtrainer.sharding import build_mesh, check_batch_size
 from jaxtrainer.store import Snapshot
 from jaxtrainer.types import PyTree, Stage
 from jaxtrainer.waiting import Patience
+from jaxtrainer.weights import restore_variables
 
 _COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
 _VALIDATION = ("validated_batches", "validated_at_s", "owes_validation")
@@ -150,29 +154,40 @@ class Session:
             self._init = Initializer(self.module, self.options.seed, self.options.precision)
         return self._init
 
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Return where parameters, and what follows them, live."""
+        params, variables = self.initializer.params, self.initializer.adapter.variables
+        sharding, may_idle = self.options.sharding, isinstance(self.options.mesh, Mesh)
+        return build_layout(self.mesh, sharding, params, variables(params), may_idle=may_idle)
+
     @property
     def variables(self) -> tuple[PyTree, PyTree]:
         """Return `(params, model_state)` for an evaluation, on the device."""
-        init, whole = self.initializer, replicated(self.mesh)
+        init = self.initializer
+        specs = self.layout.of_variables(init.params, init.model_state)
         if self.path is not None:
-            return self._restored(self.path)
-        given = init.given
-        if given is None:
+            return restore_variables(self.path, self.layout, specs)
+        if init.given is None:
             self.run.notice("the module was not trained, and no ckpt_path is given: fresh weights")
-            given = init.given = jax.jit(init.make_model)(init.seed)
-        params, model_state = given
-        return place(params, whole), place(model_state, whole)
+            init.given = jax.jit(init.make_model, out_shardings=shardings(specs))(init.seed)
+        return self.layout.place(init.given)
 
     @property
     def variable_specs(self) -> tuple[PyTree, PyTree]:
         """Return the specs of `(params, model_state)` as evaluations get them."""
         init = self.initializer
-        params, model_state = on_mesh((init.params, init.model_state), self.mesh)
+        params, model_state = self.layout.of_variables(init.params, init.model_state)
         averaging = self.hooks.averaging(self.run) if self.run.stage == "fit" else None
         if averaging is None:
             return params, model_state
         averaged = average_spec(params, model_state, use_buffers=averaging.use_buffers)
         return overlaid(averaged, params, model_state)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Return what XLA is told for the steps."""
+        return self.options.compiler_options | self.layout.compiler_options()
 
     def feed(self, loader: Any, stage: Stage, name: str | None = None) -> Feed:
         """Open a loader for evaluation or prediction; `name` is its name, if it has one."""
@@ -331,20 +346,6 @@ class Session:
         finally:
             if self.data is not None:
                 self.data.datamodule.on_exception(error)
-
-    def _restored(self, path: Path) -> tuple[PyTree, PyTree]:
-        """Return what a checkpoint is evaluated with: the averaged weights, if it has them."""
-        trained = on_mesh((self.initializer.params, self.initializer.model_state), self.mesh)
-        names = saved_names(path, "averaged")
-        if not names:
-            items = restore_items(path, dict(zip(("params", "model_state"), trained, strict=True)))
-            return items["params"], items.get("model_state", {})
-        has_buffers = any(name.startswith("model_state/") for name in names)
-        averaged = on_mesh(average_spec(*trained, use_buffers=has_buffers), self.mesh)
-        items = restore_items(path, {"model_state": trained[1], "averaged": averaged})
-        items["averaged"].setdefault("model_state", {})
-        latest = {}, items.get("model_state", {})
-        return narrowed(overlaid(items["averaged"], *latest), trained)
 
     def _resume(self, record: dict[str, Any]) -> None:
         run, loop = self.run, record["loop"]

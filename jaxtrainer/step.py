@@ -22,6 +22,7 @@ from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, EPOCH, LEFT_OUT, 
 from jaxtrainer.errors import LogError
 from jaxtrainer.flax_metrics import refuse_kept
 from jaxtrainer.guard import Guard, guard_row, guard_specs, judge, num_trained, settle, withhold
+from jaxtrainer.layout import Layout
 from jaxtrainer.manual import Updates, refuse_changed_params
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
 from jaxtrainer.module import TrainModule, step_name, tracing
@@ -44,6 +45,7 @@ class StepOptions:
     """What the programs of one call of the trainer have in common.
 
     Attributes:
+        layout: Where the state lives.
         capacity: Batches a chunk holds.
         traced: Traced parts of the callbacks.
         arguments: What the user's step gets beside model and batch: the loader's name.
@@ -52,6 +54,7 @@ class StepOptions:
     module: TrainModule
     adapter: Adapter
     precision: Precision
+    layout: Layout
     traced: Sequence[Callable[..., None]] = ()
     transform: Callable[[PyTree], PyTree] | None = None
     resident: bool = False
@@ -162,7 +165,8 @@ def build_train_step(
         sums = totals.update(before.totals, *values)
         if verdict is not None:
             sums = jnp.where(verdict.leaves_out & ~is_of_guard, before.totals, sums)
-        return state._replace(totals=sums), totals.scalars(_join(row, logged, counts))
+        state = options.layout.keep(state._replace(totals=sums))
+        return state, totals.scalars(_join(row, logged, counts))
 
     def with_totals(state: TrainState, control: Array) -> TrainState:
         return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
@@ -212,8 +216,9 @@ def step_fn(
 
         # What no optimiser owns is no argument of the derivative: its gradients cost nothing.
         trained = optimizer.trained(params)
+        loss_fn = options.layout.regathering(loss_fn)
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        return grads, loss, *aux
+        return options.layout.keep_params(grads), loss, *aux
 
     def run_step(
         params: Nested,
@@ -286,8 +291,8 @@ def build_predict_step(options: StepOptions) -> Callable[..., PyTree]:
         params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
     ) -> PyTree:
         batch = _prepare(options, _take(options, resident, chunk, index))
-        cast = options.precision.cast_to_compute
-        model = options.adapter.merge(cast(params), model_state, training=False)
+        given = options.layout.whole_params(options.precision.cast_to_compute(params))
+        model = options.adapter.merge(given, model_state, training=False)
         where = f"{type(module).__name__}.predict_step"
         with noting(where, batch), tracing(module, Recorder("predict"), None):
             predictions = module.predict_step(model, batch, **options.arguments)
@@ -324,6 +329,7 @@ class _Traced:
         options, training = self.options, self.stage == "train"
         batch = _prepare(options, batch)
         given = options.precision.cast_to_compute(params) if updates is None else updates.given
+        given = given if updates is not None else options.layout.whole_params(given)
         rows = _rows(batch)
         self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
 
@@ -387,6 +393,7 @@ def _take(options: StepOptions, resident: PyTree, chunk: PyTree, i: Array) -> Py
 
 
 def _prepare(options: StepOptions, batch: PyTree) -> PyTree:
+    batch = options.layout.divided_batch(batch)
     batch = options.transform(batch) if options.transform else batch
     return options.precision.cast_to_compute(batch)
 

@@ -41,7 +41,7 @@ from jaxtrainer.programs import (
 )
 from jaxtrainer.run import Run
 from jaxtrainer.session import Session
-from jaxtrainer.sharding import check_batch_size, on_mesh, replicated
+from jaxtrainer.sharding import check_batch_size, replicated
 from jaxtrainer.state import flat_items
 from jaxtrainer.step import StepOptions, build_train_step
 from jaxtrainer.types import PyTree
@@ -58,6 +58,7 @@ class TracedStep:
         init: Jitted function that makes the first state, without metric totals.
         arguments: Specs of the program's arguments.
         counts_epochs: Whether an optimiser or averaging starts at an epoch: the step must know it.
+        layout: Where the state lives.
         rows: Samples of a batch.
         spec: What the feed hands to it.
         trained: Names of the parameters that an optimiser changes.
@@ -89,9 +90,10 @@ class TracedStep:
         averaging = session.hooks.averaging(session.run)
         starts = any(o.start_epoch for o in optimizer.optimizers.values())
         self.counts_epochs = starts or averaging is not None
-        make_state, self.init_arguments = init.state_fn(optimizer, averaging, guard)
-        shapes = jax.eval_shape(make_state, *self.init_arguments)
-        without_totals = on_mesh(shapes, session.mesh)
+        make_state, self._init_arguments = init.state_fn(optimizer, averaging, guard)
+        shapes = jax.eval_shape(make_state, *self._init_arguments)
+        self.layout = session.layout
+        without_totals = self.layout.of_state(shapes)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))
         self.options = step_options(session, spec, transform, capacity)
         of_step = self.options, optimizer, without_totals
@@ -112,8 +114,14 @@ class TracedStep:
             jax.jit,
             donate_argnums=0,
             out_shardings=(shardings(self.target), replicated(session.mesh)),
-            compiler_options=options.compiler_options,
+            compiler_options=session.compiler_options,
         )
+
+    @property
+    def init_arguments(self) -> tuple[Any, Any]:
+        """Arguments of `init`: the seed, and the weights to start from on the devices, if any."""
+        seed, given = self._init_arguments
+        return seed, None if given is None else self.layout.place(given)
 
     def plan(self, session: Session, compiled: Any, accelerator: Accelerator | None = None) -> Plan:
         """Return what a step costs, from a compiled form of the program."""

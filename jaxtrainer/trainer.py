@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Never
 
@@ -32,6 +33,7 @@ from jaxtrainer.loops.fit import fit
 from jaxtrainer.metrics import is_private
 from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
+from jaxtrainer.partition import Rules, check_sharding
 from jaxtrainer.plan import Plan
 from jaxtrainer.planning import plan_on
 from jaxtrainer.precision import parse_precision
@@ -76,7 +78,19 @@ class Trainer:
         gradient_clip_val: Clip gradients at this norm or value.
         gradient_clip_algorithm: `"norm"` of all gradients together, or each `"value"`.
         precision: `"32-true"`, `"bf16-mixed"` or `"bf16-true"`.
-        mesh: Device mesh as axis sizes; `{"data": -1}`, all devices, is the default.
+        mesh: Device mesh as axis sizes, or a `jax.sharding.Mesh`; `{"data": -1}`, all devices, is
+            the default. The batch is divided over the axes `"data"` and `"fsdp"`. Of several hosts
+            these are the axes that lie across them, as far as they can.
+        sharding: How parameters are divided; optimiser state and averages follow them. `"ddp"`:
+            each device has all of them. `"fsdp"`: each has its part, along the axis `"fsdp"` of
+            the mesh, or `"data"` where there is none; of each parameter of 4,096 numbers or more
+            the largest dimension that the axis divides. Or rules, by patterns of the names that
+            `ModelSummary` shows, as in `Optimizer(wrt=...)`: `{"*/up/kernel": PartitionSpec(None,
+            "model")}`. The first that matches counts. A key that is the name of a logical axis,
+            `{"mlp": "model", "embed": None}`, says where the axes go that NNX parameters are
+            annotated with (`nnx.with_partitioning`). What neither rule nor annotation divides is
+            divided as by `"fsdp"` if the mesh has that axis, and else whole; so is everything
+            by default.
         steps_per_dispatch: Steps that one call of the compiled program runs at most, or
             `"auto"`: found by measurement at the start, so that two processes may differ in it,
             and with some models in the last bits then. A resumed run keeps what it had.
@@ -133,6 +147,7 @@ class Trainer:
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         precision: str = "32-true",
         mesh: Mapping[str, int] | Mesh | None = None,
+        sharding: str | Rules | Sequence[tuple[str, Any]] | None = None,
         steps_per_dispatch: int | Literal["auto"] = "auto",
         deterministic: bool = False,
         max_recompiles: int = 0,
@@ -186,6 +201,7 @@ class Trainer:
             clip_algorithm=gradient_clip_algorithm,
             precision=parse_precision(precision),
             mesh=mesh,
+            sharding=check_sharding(sharding),
             steps_per_dispatch=steps_per_dispatch,
             deterministic=deterministic,
             max_recompiles=max_recompiles,
@@ -436,6 +452,7 @@ class Trainer:
         batch: Any,
         *,
         mesh: Mapping[str, int] | Mesh | Literal["auto"] | None = None,
+        sharding: str | Rules | Sequence[tuple[str, Any]] | None = None,
         num_devices: int | None = None,
         accelerator: str | Accelerator | None = None,
     ) -> Plan:
@@ -453,6 +470,7 @@ class Trainer:
             mesh: Axis sizes; the trainer's if None. `"auto"`: the one with the shortest step of
                 those that fit, over `data`, and over `fsdp` and `model` as far as the trainer's
                 `sharding` divides something along them. Each is compiled.
+            sharding: How parameters are divided over it, as in `Trainer`; as the trainer's if None.
             num_devices: Devices of the mesh, where it is `"auto"` or one of its sizes is -1; those
                 of this host if None.
             accelerator: Estimate the time of a step on this kind of device: `"h100"`,
@@ -480,8 +498,11 @@ class Trainer:
         def make(options: Options, chosen: Accelerator | None) -> Plan:
             return step_plan(Session(options, callbacks, module, "fit", None), batch, chosen)
 
+        options = self.options
+        if sharding is not None:
+            options = replace(options, sharding=check_sharding(sharding))
         asked = {"mesh": mesh, "num_devices": num_devices, "accelerator": accelerator}
-        return plan_on(make, self.options, **asked)
+        return plan_on(make, options, **asked)
 
     def verify_resume(
         self,

@@ -81,8 +81,8 @@ def test_collectives_of_a_compiled_program_are_found_with_their_trips():
         for shape, spec in (((4, 8), P("data", "model")), ((8, 8), P("model", None)))
     ]
     whole = NamedSharding(mesh, P())
-    hlo = jax.jit(program, out_shardings=whole).lower(*specs).compile().as_text()
-    found = [c for c in collectives(hlo) if c.op == "all-reduce"]
+    compiled = jax.jit(program, out_shardings=whole).lower(*specs).compile()
+    found = [c for c in collectives(compiled.as_text() or "") if c.op == "all-reduce"]
     inside = [c for c in found if c.axes(mesh.shape) == ("model",)]
     assert [(c.times, c.sizes) for c in inside] == [(3, (2 * 8 * 4,))]
     assert [c.times for c in found if "data" in c.axes(mesh.shape)] == [1]
