@@ -6,7 +6,8 @@ Figures are XLA's own cost and memory analysis. May import levels 0 to 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxtrainer.accelerators import Accelerator, parse_accelerator, rate_of
-from jaxtrainer.collectives import collectives
+from jaxtrainer.collectives import Collective, collectives
 from jaxtrainer.display.plan import Row, bytes_table, estimate_table, traffic_table
 from jaxtrainer.display.text import format_bytes, format_count, format_span
 from jaxtrainer.flops import Counted, ModuleFlops
 from jaxtrainer.peaks import Arithmetic
-from jaxtrainer.roofline import Estimate, Traffic, estimate, traffic_of
+from jaxtrainer.roofline import Estimate, Traffic, estimate, scattered, traffic_of
 from jaxtrainer.state import TrainState, flat_items, size_of
 
 
@@ -105,10 +106,9 @@ class Plan:
     def traffic(self) -> tuple[Traffic, ...]:
         """Collectives of a step, by kind and axes of the mesh; read when first asked for.
 
-        As XLA's backend for the devices of the mesh compiles them. The one for CPUs, which plans
-        for more devices than there are go by, sums gradients whole where those for accelerators
-        scatter the sums: what it calls an all-reduce along `fsdp` may be a reduce-scatter there,
-        of half the bytes; and in bfloat16 it may send float32.
+        As XLA's partitioner places them. Where the devices are CPUs, as in a plan for more than
+        there are, sums of gradients of which each device keeps a part are counted as those for
+        accelerators do them, see `roofline.scattered`.
         """
         return self.read_traffic()
 
@@ -287,11 +287,20 @@ def plan_of(
         part_bytes=_part_bytes(compiled, target),
         arithmetic=arithmetic,
         accelerator=accelerator,
-        # Of one device there are none, and the text of a large program is long.
-        read_traffic=lambda: (
-            traffic_of(collectives(compiled.as_text() or ""), mesh) if num_devices > 1 else ()
-        ),
+        read_traffic=lambda: _traffic(compiled, target, mesh),
     )
+
+
+def _traffic(compiled: Any, target: TrainState, mesh: Mapping[str, int]) -> tuple[Traffic, ...]:
+    # Of one device there is none, and the text of a large program is long.
+    if math.prod(mesh.values()) == 1:
+        return ()
+    found: Iterable[Collective] = collectives(compiled.as_text() or "")
+    params = list(flat_items(target.params))
+    if params and params[0][1].sharding.mesh.devices.flat[0].platform == "cpu":
+        divided = {tuple(sorted(x.shape)): _axes(x.sharding) for _, x in params}
+        found = scattered(found, mesh, {shape: axes for shape, axes in divided.items() if axes})
+    return traffic_of(found, mesh)
 
 
 def _part_bytes(compiled: Any, target: TrainState) -> dict[str, int]:

@@ -5,14 +5,18 @@ May import levels 0 and 1.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from jaxtrainer.accelerators import Accelerator
 from jaxtrainer.collectives import Collective
 
+Shape = tuple[int, ...]
 Bound = Literal["compute", "memory", "communication"]
 
 _HIDDEN = {"data", "fsdp"}
@@ -38,6 +42,53 @@ class Traffic(NamedTuple):
     size_bytes: int
     sent_bytes: float
     group: tuple[int, ...]
+
+
+def scattered(
+    found: Iterable[Collective], mesh: Mapping[str, int], divided: Mapping[Shape, Sequence[str]]
+) -> Iterator[Collective]:
+    """Yield collectives as a backend for accelerators has them, from those of the one for CPUs.
+
+    On a CPU a gradient of which each device keeps a part is summed whole, and then cut. Elsewhere
+    XLA scatters the sum along the axes that divide it, and sums the parts along the others (its
+    passes `ReduceScatterCreator` and `AllReduceSplitter`).
+
+    Args:
+        found: Of a step compiled for CPUs.
+        mesh: Axis sizes in order.
+        divided: Shapes of divided parameters, dimensions in order of size, and along which axes:
+            what is summed and has such a shape is taken to be its gradient.
+    """
+    for one in found:
+        axes = one.axes(mesh) if one.op == "all-reduce" else ()
+        whole = []
+        for kind, shape in one.shapes:
+            along = tuple(divided.get(tuple(sorted(shape)), ()))
+            if not along or not set(along) <= set(axes):
+                whole.append((kind, shape))
+                continue
+            parts = math.prod(mesh[axis] for axis in along)
+            part = ((kind, (math.prod(shape) // parts,)),)
+            rest = tuple(axis for axis in axes if axis not in along)
+            group = groups_along(mesh, along)
+            yield replace(one, op="reduce-scatter", shapes=part, groups=group)
+            if rest:
+                yield replace(one, shapes=part, groups=groups_along(mesh, rest))
+        if whole:
+            yield replace(one, shapes=tuple(whole))
+
+
+def groups_along(mesh: Mapping[str, int], axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return which devices differ in these axes only, as positions in the mesh.
+
+    Example:
+        >>> groups_along({"data": 2, "fsdp": 2}, ["data"])
+        ((0, 2), (1, 3))
+    """
+    devices = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    moved = np.moveaxis(devices, [list(mesh).index(a) for a in axes], range(-len(axes), 0))
+    rows = moved.reshape(-1, math.prod(mesh[axis] for axis in axes))
+    return tuple(tuple(int(i) for i in row) for row in rows)
 
 
 def traffic_of(found: Iterable[Collective], mesh: Mapping[str, int]) -> tuple[Traffic, ...]:
