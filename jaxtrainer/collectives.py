@@ -33,7 +33,11 @@ _CALLED = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=(\{
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
-_AXES = re.compile(r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_AXES = re.compile(
+    r"replica_groups=(?:@?\w*)mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([\d,]*\))?)\))?\s*"
+    r"\{([^}]*)\}"
+)
+_ORDER = re.compile(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?$")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
@@ -153,21 +157,32 @@ def _collective(match: re.Match[str], line: str, times: int) -> Collective:
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
     if found := _IOTA.search(line):
         shape, dims, order = (_numbers(part or "") for part in found.groups())
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        devices = devices.transpose(order) if order else devices
-        return _rows(devices.reshape(shape))
+        return _rows(_counted(dims, order).reshape(shape))
     if found := _AXES.search(line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        devices = np.arange(math.prod(map(int, sizes.values()))).reshape(
-            tuple(int(n) for n in sizes.values())
-        )
-        names = re.findall(r"'([^']+)'(:\(\d+\)\d+)?", found[2])
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        names = re.findall(r"'([^']+)'(:\(\d+\)\d+)?", found[3])
+        # A part of an axis is in no program that has been seen; better unknown than wrong.
         if any(part for _, part in names):
             return ()
+        devices = _ordered(found[2], math.prod(sizes.values())).reshape(tuple(sizes.values()))
         return _along(devices, [list(sizes).index(name) for name, _ in names])
     if found := _LISTED.search(line) or _PAIRS.search(line):
         return tuple(_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found[1]))
     return ()
+
+
+def _ordered(ids: str | None, count: int) -> np.ndarray:
+    """Return devices in the order that a mesh in the text lists them."""
+    if ids is None:
+        return np.arange(count)
+    if found := _ORDER.match(ids):
+        return _counted(_numbers(found[1]), _numbers(found[2] or ""))
+    return np.array(_numbers(ids.replace(" ", "")))
+
+
+def _counted(dims: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    return devices.transpose(order) if order else devices
 
 
 def _along(devices: np.ndarray, axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -21,6 +21,8 @@ PAIRS = ((0, 4), (1, 5), (2, 6), (3, 7))
         "[4,2]<=[2,4]T(1,0)",
         "mesh['a'=2,'b'=4] {'a'}",
         "mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}",
+        "mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+        "mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}",
     ],
 )
 def test_groups_are_read_in_every_form(groups: str):
