@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,39 @@ def module_flops(jaxpr: ClosedJaxpr, paths: Iterable[str]) -> dict[str, ModuleFl
                 forward, backward = flops[path]
                 flops[path] = ModuleFlops(forward + part.forward, backward + part.backward)
     return flops
+
+
+class Counted(NamedTuple):
+    """What a step does on one device.
+
+    Attributes:
+        flops: Operations of each module by its path, of all as `""`; empty if not known.
+        product_bytes: Bytes that its matrix products and convolutions read and write.
+    """
+
+    flops: Mapping[str, ModuleFlops]
+    product_bytes: float
+
+
+def product_bytes(jaxpr: Any) -> float:
+    """Return the bytes that matrix products and convolutions take in and give.
+
+    What a compiler cannot do away with by fusing: what is between two products is computed as one
+    of them is read or written. A kernel of several products (fused attention) may still have
+    fewer. Loops count as in `module_flops`.
+
+    Args:
+        jaxpr: As there.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in _PRODUCTS:
+            total += sum(_size(v) * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars))
+        elif eqn.primitive.name == "cond":
+            total += max(product_bytes(branch.jaxpr) for branch in eqn.params["branches"])
+        else:
+            total += sum(times * product_bytes(body) for body, times in _bodies(eqn))
+    return total
 
 
 class _Place(NamedTuple):
@@ -228,6 +261,8 @@ def _power(eqn: Any) -> float:
     products = max(0, abs(y).bit_length() - 1 + abs(y).bit_count() - 1) + (y < 0)
     return _num_out(eqn) * products
 
+
+_PRODUCTS = {"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"}
 
 _RULES: dict[str, Callable[[Any], float]] = {
     "dot_general": _dot,

@@ -106,6 +106,29 @@ PEAKS: dict[str, Peak] = {
 }
 """Peaks by JAX's `device_kind`, with spaces for hyphens; sizes and form factors may follow."""
 
+_WHOLE_FLOAT32 = ("highest", "float32")
+"""Precisions of matrix products, as JAX names them, that do not shorten float32."""
+
+
+def arithmetic_of(precision: str, products: str | None) -> Arithmetic:
+    """Return the arithmetic of most of a step.
+
+    Args:
+        precision: The trainer's, by name.
+        products: Precision of matrix products of float32, as `jax.default_matmul_precision`
+            takes it; None for JAX's default.
+
+    Example:
+        >>> arithmetic_of("bf16-mixed", None), arithmetic_of("32-true", "highest")
+        ('bf16', 'fp32')
+    """
+    if precision.startswith("bf16"):
+        return "bf16"
+    if precision.startswith("16"):
+        return "fp16"
+    return "fp32" if products in _WHOLE_FLOAT32 else "tf32"
+
+
 _FORM = re.compile(r"SXM\d?|PCIE|\d+GB", re.IGNORECASE)
 """What may follow a name, and does not change these figures."""
 

@@ -6,8 +6,9 @@ Figures are XLA's own cost and memory analysis. May import levels 0 to 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,10 +18,19 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from jaxtrainer.display.text import format_bytes, format_count
-from jaxtrainer.flops import ModuleFlops
+from jaxtrainer.accelerators import Accelerator, parse_accelerator, rate_of
+from jaxtrainer.collectives import Collective, collectives
+from jaxtrainer.display.plan import Row, bytes_table, estimate_table, traffic_table
+from jaxtrainer.display.text import format_bytes, format_count, format_span
+from jaxtrainer.flops import Counted, ModuleFlops
 from jaxtrainer.offload import is_hosted
+from jaxtrainer.peaks import Arithmetic
+from jaxtrainer.roofline import Estimate, Traffic, estimate, scattered, traffic_of
 from jaxtrainer.state import TrainState, flat_items, size_of
+
+
+def _nothing() -> Counted:
+    return Counted({}, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,16 @@ class Plan:
         shards: For each parameter its shape and the shape of its part on one device.
         frozen: Names of the parameters that no optimiser changes.
         modules: Class name of each of the model's modules by its path, as far as it has classes.
-        count_modules: Makes `module_flops`.
+        count_modules: Counts what `module_flops` and `on` go by.
+        mesh: Axis sizes of the mesh, in order.
+        shard_axes: For each parameter the axes of the mesh along which it is divided.
+        part_bytes: Bytes on one device of each part of the state, and of what the step needs
+            beside it: `"temporaries"`, with activations and gradients.
+        arithmetic: What most of the step computes in.
+        accelerator: What `estimate` is about, if any.
+        candidates: Where the mesh was chosen: each mesh that was tried, and its estimate.
+        reason: Where the mesh was chosen: why this one.
+        read_traffic: Makes `traffic`.
     """
 
     num_params: int
@@ -57,21 +76,90 @@ class Plan:
     shards: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     frozen: frozenset[str] = frozenset()
     modules: Mapping[str, str] = field(default_factory=dict)
-    count_modules: Callable[[], Mapping[str, ModuleFlops]] = field(
-        default=dict, repr=False, compare=False
+    count_modules: Callable[[], Counted] = field(default=_nothing, repr=False, compare=False)
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    shard_axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    arithmetic: Arithmetic = "tf32"
+    accelerator: Accelerator | None = None
+    candidates: tuple[tuple[Mapping[str, int], Estimate], ...] = ()
+    reason: str = ""
+    read_traffic: Callable[[], tuple[Traffic, ...]] = field(
+        default=tuple, repr=False, compare=False
     )
 
     @functools.cached_property
+    def counted(self) -> Counted:
+        """What is counted in a further trace of the step, when first asked for."""
+        return self.count_modules()
+
+    @property
     def module_flops(self) -> Mapping[str, ModuleFlops]:
         """Operations of a step on one device in each module, with those of the modules below it.
 
         By path, forward and backward; of all that `training_step` does as `""`. A loop's body
         counts as often as it runs, see `flops.module_flops`. The optimiser's update is not in it.
         Empty where the modules cannot be told apart in a trace: they must be those of NNX.
-
-        Counted when first asked for, in a further trace of the step.
         """
-        return self.count_modules()
+        return self.counted.flops
+
+    @functools.cached_property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Collectives of a step, by kind and axes of the mesh; read when first asked for.
+
+        As XLA's partitioner places them. Where the devices are CPUs, as in a plan for more than
+        there are, sums of gradients of which each device keeps a part are counted as those for
+        accelerators do them, see `roofline.scattered`.
+        """
+        return self.read_traffic()
+
+    @property
+    def divided(self) -> frozenset[str]:
+        """Axes of the mesh along which some parameter is divided."""
+        return frozenset(axis for axes in self.shard_axes.values() for axis in axes)
+
+    def chosen(
+        self, candidates: tuple[tuple[Mapping[str, int], Estimate], ...], reason: str
+    ) -> Plan:
+        """Return the same plan, with what it was chosen from and why."""
+        # With what has been counted: the module's attributes may have changed since.
+        counted, read = self.counted, self.traffic
+        return replace(
+            self,
+            candidates=candidates,
+            reason=reason,
+            count_modules=lambda: counted,
+            read_traffic=lambda: read,
+        )
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The least time of a step on `accelerator`; None without one."""
+        return None if self.accelerator is None else self.on(self.accelerator)
+
+    def on(self, accelerator: str | Accelerator) -> Estimate:
+        """Return the least time of a step on an accelerator; nothing is compiled for it.
+
+        Operations in loops count as often as they run, as far as `module_flops` knows them. Of
+        memory it counts what no fusion can save: matrix products and convolutions, each once in a
+        step, and the state, read and written.
+
+        Args:
+            accelerator: Its name in `accelerators.ACCELERATORS`, such as `"h100"`, or your own.
+
+        Raises:
+            ConfigError: If there is none of that name, or it has no rate for the arithmetic.
+        """
+        chosen = parse_accelerator(accelerator)
+        known = self.module_flops.get("", ModuleFlops()).total
+        return estimate(
+            chosen,
+            flops_per_s=rate_of(chosen, self.arithmetic),
+            flops=max(self.flops, known),
+            bytes_accessed=self.counted.product_bytes + 2 * self.device_bytes,
+            peak_bytes=self.peak_bytes,
+            traffic=self.traffic,
+        )
 
     @property
     def arithmetic_intensity(self) -> float:
@@ -88,7 +176,22 @@ class Plan:
         rows = {"parameters": f"{count} ({format_bytes(self.param_bytes)})", **self.figures()}
         for name, value in rows.items():
             table.add_row(name, value)
-        return Group(table, self._modules_table()) if self.module_flops else Group(table)
+        tables = [table, *self._scale_tables()]
+        return Group(*tables, self._modules_table()) if self.module_flops else Group(*tables)
+
+    def _scale_tables(self) -> list[Table | Text]:
+        """Return what is said of several devices, or of an accelerator."""
+        tables: list[Table | Text] = []
+        if self.num_devices > 1 or self.accelerator is not None:
+            tables.append(bytes_table(self.part_bytes, self.peak_bytes))
+        if self.traffic:
+            rows = [Row(t.op, t.axes, t.count, t.size_bytes, t.sent_bytes) for t in self.traffic]
+            tables.append(traffic_table(rows))
+        if (found := self.estimate) is not None:
+            tables.append(estimate_table(*_shown(found)))
+        if self.reason:
+            tables.append(Text(self.reason))
+        return tables
 
     def _modules_table(self) -> Table:
         """Return the operations of the modules next to the root, and of the others together."""
@@ -108,7 +211,9 @@ class Plan:
 
     def figures(self) -> dict[str, str]:
         """Return what a table of the model's modules does not say, in words."""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         return {
+            **({"mesh": mesh} if self.num_devices > 1 else {}),
             "training state": format_bytes(self.state_bytes),
             "state on each device": f"{format_bytes(self.device_bytes)} x {self.num_devices}",
             "batch": f"{self.batch_size} samples",
@@ -120,8 +225,8 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         # What makes them has the traced step, which cannot be pickled.
-        counted = self.module_flops
-        return {**vars(self), "module_flops": counted, "count_modules": dict}
+        made = {"counted": self.counted, "traffic": self.traffic}
+        return {**vars(self), **made, "count_modules": _nothing, "read_traffic": tuple}
 
     def __str__(self) -> str:
         from jaxtrainer.result import render
@@ -138,7 +243,10 @@ def plan_of(
     num_devices: int,
     frozen: frozenset[str],
     modules: Mapping[str, str],
-    count_modules: Callable[[], Mapping[str, ModuleFlops]],
+    count_modules: Callable[[], Counted],
+    mesh: Mapping[str, int],
+    arithmetic: Arithmetic,
+    accelerator: Accelerator | None = None,
 ) -> Plan:
     """Return the plan of a compiled training step.
 
@@ -150,7 +258,10 @@ def plan_of(
         num_devices: Devices of the mesh.
         frozen: Names of the parameters that no optimiser changes.
         modules: Class names of the model's modules by path.
-        count_modules: Returns the operations of a step in each module on one device.
+        count_modules: Returns what a step does on one device.
+        mesh: Axis sizes.
+        arithmetic: What most of the step computes in.
+        accelerator: What to estimate the time of a step on.
     """
     cost = compiled.cost_analysis() or {}
     num_params, param_bytes = size_of(target.params)
@@ -172,7 +283,63 @@ def plan_of(
         frozen=frozen,
         modules=modules,
         count_modules=count_modules,
+        mesh=mesh,
+        shard_axes={name: _axes(spec.sharding) for name, spec in flat_items(target.params)},
+        part_bytes=_part_bytes(compiled, target),
+        arithmetic=arithmetic,
+        accelerator=accelerator,
+        read_traffic=lambda: _traffic(compiled, target, mesh),
     )
+
+
+def _traffic(compiled: Any, target: TrainState, mesh: Mapping[str, int]) -> tuple[Traffic, ...]:
+    # Of one device there is none, and the text of a large program is long.
+    if math.prod(mesh.values()) == 1:
+        return ()
+    found: Iterable[Collective] = collectives(compiled.as_text() or "")
+    params = list(flat_items(target.params))
+    if params and params[0][1].sharding.mesh.devices.flat[0].platform == "cpu":
+        divided = {tuple(sorted(x.shape)): _axes(x.sharding) for _, x in params}
+        found = scattered(found, mesh, {shape: axes for shape, axes in divided.items() if axes})
+    return traffic_of(found, mesh)
+
+
+def _part_bytes(compiled: Any, target: TrainState) -> dict[str, int]:
+    """Return the bytes on one device of parts of the state, and of temporaries."""
+    named = {
+        "parameters": target.params,
+        "model state": target.model_state,
+        "optimiser state": target.opt_state,
+        "accumulated gradients": target.accumulated,
+        "averaged weights": target.averaged,
+    }
+    sizes = {
+        name: sum(_shard_bytes(x) for x in jax.tree.leaves(tree)) for name, tree in named.items()
+    }
+    kept = {name: size for name, size in sizes.items() if size}
+    return {**kept, "temporaries": int(compiled.memory_analysis().temp_size_in_bytes)}
+
+
+def _axes(sharding: Any) -> tuple[str, ...]:
+    """Return the mesh axes that a sharding divides along."""
+    parts = (part for part in sharding.spec if part is not None)
+    axes = [axis for part in parts for axis in (part if isinstance(part, tuple) else (part,))]
+    return tuple(axis for axis in axes if sharding.mesh.shape[axis] > 1)
+
+
+def _shown(found: Estimate) -> tuple[str, dict[str, str]]:
+    """Return the title of an estimate, and its rows in words."""
+    room = format_bytes(found.accelerator.memory_bytes)
+    verdict = "fits" if found.fits else "does not fit"
+    waited = f"{format_span(found.exposed_s)} not hidden"
+    return f"a step on {found.accelerator.name}, at least", {
+        "step": f"{format_span(found.step_s)}, bound by {found.bound}",
+        "compute": f"{format_span(found.compute_s)} at {format_count(found.flops_per_s)}FLOP/s",
+        "memory": format_span(found.memory_s),
+        "communication": f"{format_span(found.communication_s)}, {waited}",
+        "MFU": f"{found.mfu:.1%} at most",
+        "peak memory": f"{format_bytes(found.peak_bytes)} of {room}: {verdict}",
+    }
 
 
 def peak_bytes_of(compiled: Any) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxtrainer.accelerators import Accelerator
 from jaxtrainer.data import as_host_batch, device_transform_of, num_rows, spec_of
 from jaxtrainer.errors import ConfigError
 from jaxtrainer.evaluation import (
@@ -22,13 +23,14 @@ from jaxtrainer.evaluation import (
     totals_spec,
 )
 from jaxtrainer.feed import FeedSpec
-from jaxtrainer.flops import ModuleFlops, module_flops
+from jaxtrainer.flops import Counted, module_flops, product_bytes
 from jaxtrainer.guard import Guard
 from jaxtrainer.loss_scale import loss_scale
 from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import thaw
 from jaxtrainer.offload import hosted, refuse_offload
 from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
+from jaxtrainer.peaks import Arithmetic, arithmetic_of
 from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
     batch_spec,
@@ -39,12 +41,14 @@ from jaxtrainer.programs import (
     spec_in_chunk,
     specs_of_chunk,
 )
+from jaxtrainer.run import Run
 from jaxtrainer.session import Session
-from jaxtrainer.sharding import replicated
+from jaxtrainer.sharding import check_batch_size, replicated
 from jaxtrainer.state import flat_items
 from jaxtrainer.step import StepOptions, build_train_step
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, UpdateHook
+from jaxtrainer.virtual import is_virtual
 
 
 class TracedStep:
@@ -127,7 +131,7 @@ class TracedStep:
         seed, given = self._init_arguments
         return seed, None if given is None else self.layout.place(given)
 
-    def plan(self, session: Session, compiled: Any) -> Plan:
+    def plan(self, session: Session, compiled: Any, accelerator: Accelerator | None = None) -> Plan:
         """Return what a step costs, from a compiled form of the program."""
         # Of one step also where `compiled` is fused; nothing is compiled for it.
         flops = (self.lower(self.program.single).cost_analysis() or {}).get("flops", math.nan)
@@ -140,6 +144,9 @@ class TracedStep:
             frozen=frozenset({name for name, _ in flat_items(self.target.params)} - self.trained),
             modules=session.initializer.adapter.types,
             count_modules=self._counter(session.mesh.size),
+            mesh=dict(session.mesh.shape),
+            arithmetic=_arithmetic(session.run),
+            accelerator=accelerator,
         )
 
     def for_chunk(self, session: Session, chunk: PyTree) -> TracedStep:
@@ -160,24 +167,25 @@ class TracedStep:
         other.arguments = state, resident, specs_of_chunk(chunk), control
         return other
 
-    def _counter(self, num_devices: int) -> Callable[[], dict[str, ModuleFlops]]:
+    def _counter(self, num_devices: int) -> Callable[[], Counted]:
         """Return what counts the operations of each module on a device; it keeps no arrays."""
         state, count = self.target, self.target.batch_count
         of_state = state.params, state.model_state, self._batch, state.rng, count, state.opt_state
         given = self.options, self.optimizer, (*of_state, count, loss_scale(state))
-        return lambda: _flops_by_module(*given, num_devices)
+        return lambda: _counted(*given, num_devices)
 
     def lower(self, fn: Callable[..., Any]) -> Any:
         """Lower a form of the program, with its state donated."""
         return self._jit(fn).lower(*self.arguments)
 
 
-def step_plan(session: Session, batch: Any) -> Plan:
+def step_plan(session: Session, batch: Any, accelerator: Accelerator | None = None) -> Plan:
     """Return what a training step will cost; nothing of the state is allocated.
 
     Args:
         session: Not entered.
         batch: A loader, or a batch of arrays or of `jax.ShapeDtypeStruct`.
+        accelerator: What to estimate the time of a step on.
     """
     session.module.run = session.run
     # A list of batches is a loader, though all its leaves are arrays.
@@ -192,30 +200,43 @@ def step_plan(session: Session, batch: Any) -> Plan:
         spec, transform = replace(spec, fed=spec.batch, resident=None), device_transform_of(batch)
     try:
         step = TracedStep(session, spec, transform, 1)
-        plan = step.plan(session, step.lower(step.program.single).compile())
-        # Counted while the module's attributes are as they were traced.
-        _ = plan.module_flops
+        check_batch_size(session.mesh, spec.rows)
+        # What is never run needs no machine code of quality; XLA's own passes are the same.
+        options = {"xla_backend_optimization_level": 0} if is_virtual(session.mesh) else {}
+        compiled = step.lower(step.program.single).compile(options)
+        plan = step.plan(session, compiled, accelerator)
+        # Counted while the module's attributes are as they were traced; and read before the
+        # program's text is gone with it.
+        _ = plan.module_flops, plan.traffic
         return plan
     finally:
         thaw(session.module)
 
 
-def _flops_by_module(
+def _counted(
     options: StepOptions, optimizer: OptimizerOptions, arguments: tuple[Any, ...], num_devices: int
-) -> dict[str, ModuleFlops]:
+) -> Counted:
     module, kept = options.module, vars(options.module).get("_frozen")
     try:
         jaxpr, _ = named_step(options, optimizer, arguments)
-        counted = module_flops(jaxpr, options.adapter.types)
+        flops = module_flops(jaxpr, options.adapter.types)
+        size = product_bytes(jaxpr.jaxpr)
     except Exception:
         # A model may be anything, and the step itself has been traced: these are only figures.
-        return {}
+        return Counted({}, 0.0)
     finally:
         # Which attributes may change is for the compiled step to say.
         thaw(module)
         if kept is not None:
             vars(module)["_frozen"] = kept
-    return {path: flops.divided(num_devices) for path, flops in counted.items()}
+    return Counted(
+        {path: some.divided(num_devices) for path, some in flops.items()}, size / num_devices
+    )
+
+
+def _arithmetic(run: Run) -> Arithmetic:
+    asked = getattr(run, "matmul_precision", None)
+    return arithmetic_of(run.precision, asked or jax.config.values["jax_default_matmul_precision"])
 
 
 def _update_hooks(session: Session) -> tuple[UpdateHook, ...]:

@@ -9,12 +9,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Never
 
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jaxtrainer.accelerators import Accelerator
 from jaxtrainer.assemble import fit_plan
 from jaxtrainer.cache import default_directory
 from jaxtrainer.callback import Callback
@@ -34,6 +36,7 @@ from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options, accumulation_schedule, check_count, check_limits
 from jaxtrainer.partition import Rules, check_sharding
 from jaxtrainer.plan import Plan
+from jaxtrainer.planning import plan_on
 from jaxtrainer.precision import Precision, check_matmul_precision, parse_precision
 from jaxtrainer.remat import parse_remat
 from jaxtrainer.remote import refuse_url
@@ -470,19 +473,63 @@ class Trainer:
                 kept.setdefault(name, []).append(values)
         return kept.get(None, kept) if return_predictions else None
 
-    def plan(self, module: TrainModule, batch: Any) -> Plan:
+    def plan(
+        self,
+        module: TrainModule,
+        batch: Any,
+        *,
+        mesh: Mapping[str, int] | Mesh | Literal["auto"] | None = None,
+        sharding: str | Rules | Sequence[tuple[str, Any]] | None = None,
+        num_devices: int | None = None,
+        accelerator: str | Accelerator | None = None,
+    ) -> Plan:
         """Return what a training step costs, without allocating model or state.
+
+        With `mesh` also on more devices than there are, up to 2,048: the step is compiled for
+        virtual ones, which takes a few seconds, whatever their number. What it says then is by
+        XLA's backend for CPUs: parameters and state are exact, collectives those of its
+        partitioner (see `Plan.traffic`), temporaries a fair guess of what another backend needs.
 
         Args:
             module: What would be trained.
-            batch: A loader, or one batch of arrays or of `jax.ShapeDtypeStruct`.
+            batch: A loader, or one batch of arrays or of `jax.ShapeDtypeStruct`: the whole batch
+                of a step, of all devices together.
+            mesh: Axis sizes; the trainer's if None. `"auto"`: the one with the shortest step of
+                those that fit, over `data`, and over `fsdp` and `model` as far as the trainer's
+                `sharding` divides something along them. Each is compiled.
+            sharding: How parameters are divided over it, as in `Trainer`; as the trainer's if None.
+            num_devices: Devices of the mesh, where it is `"auto"` or one of its sizes is -1; those
+                of this host if None.
+            accelerator: Estimate the time of a step on this kind of device: `"h100"`,
+                `"a100-80gb"`, `"tpu-v5p"` or another of `accelerators.ACCELERATORS`.
 
         Returns:
-            Parameters, bytes, operations and peak memory of the compiled step; it prints well.
+            Parameters, bytes, operations, collectives and peak memory of the compiled step, and
+            `plan.on(accelerator)`, the least time that it takes; it prints well.
+
+        Raises:
+            ConfigError: For a mesh that does not divide devices or batch, or an accelerator that
+                is not known.
+
+        Example:
+            >>> import jax, numpy as np
+            >>> from jaxtrainer.testing import TinyModule, tiny_loader
+            >>> batch = next(iter(tiny_loader(batch_size=64)))
+            >>> plan = Trainer().plan(TinyModule(), batch, mesh={"data": 64}, accelerator="h100")
+            >>> plan.num_devices, plan.estimate.bound, [row.op for row in plan.traffic]
+            (64, 'communication', ['all-reduce'])
         """
         require(module, ("configure_model", "configure_optimizers", "training_step"))
         callbacks = self._lineup.for_module(module)
-        return step_plan(Session(self.options, callbacks, module, "fit", None), batch)
+
+        def make(options: Options, chosen: Accelerator | None) -> Plan:
+            return step_plan(Session(options, callbacks, module, "fit", None), batch, chosen)
+
+        options = self.options
+        if sharding is not None:
+            options = replace(options, sharding=check_sharding(sharding))
+        asked = {"mesh": mesh, "num_devices": num_devices, "accelerator": accelerator}
+        return plan_on(make, options, **asked)
 
     def verify_resume(
         self,

@@ -38,6 +38,19 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else format_clock(seconds)
 
 
+def format_span(seconds: float) -> str:
+    """Return a span of time with three digits and the unit that suits it.
+
+    Example:
+        >>> [format_span(s) for s in (0.0, 3.25e-6, 0.01234, 2.5)]
+        ['0 s', '3.25 us', '12.3 ms', '2.5 s']
+    """
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1.0:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us" if seconds else "0 s"
+
+
 def format_clock(seconds: float) -> str:
     """Return `M:SS` or `H:MM:SS`, rounded to the second.
 
