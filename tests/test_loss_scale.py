@@ -27,6 +27,7 @@ from tests.test_resume import StopAt, assert_same_future
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
+
 @pytest.fixture(autouse=True)
 def mixed_dtypes() -> Iterator[None]:
     """BatchNorm mixes its float32 statistics with float16, as in a user's program."""
@@ -101,11 +102,11 @@ def test_scale_keeps_gradients_that_float16_would_lose():
 
 
 def test_clipping_sees_gradients_without_the_scale():
-    runs = [
-        fit(precision=precision, max_steps=1, gradient_clip_val=0.1)[0].history.step["train/grad_norm"]
+    results = [
+        fit(precision=precision, max_steps=1, gradient_clip_val=0.1)[0]
         for precision in ("16-mixed", "32-true")
     ]
-    norms = [run.values[0] for run in runs]
+    norms = [result.history.step["train/grad_norm"].values[0] for result in results]
     # float16 has 11 bits: about a thousandth for each of the few operations.
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
 
@@ -135,7 +136,7 @@ def test_resume_is_the_uninterrupted_run_while_the_scale_grows(accumulate: int, 
 
 def test_checkpoint_of_another_precision_is_refused(tmp_path: Path):
     fit(callbacks=[Checkpoint(tmp_path)], max_steps=2)
-    with pytest.raises(CheckpointMismatchError, match="guard: saved with .* '16-mixed'"):
+    with pytest.raises(CheckpointMismatchError, match=r"guard: saved with .* '16-mixed'"):
         fit(precision="bf16-mixed", ckpt_path=tmp_path)
 
 
