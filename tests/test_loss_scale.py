@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrainer import LossScale, Optimizer, Precision
+from jaxtrainer import LossScale, Optimizer, Precision, Trainer
 from jaxtrainer.callbacks import EMA, Checkpoint, NonFinite
 from jaxtrainer.errors import CheckpointMismatchError, ConfigError, NonFiniteError, StepError
 from tests import tiny
@@ -146,10 +146,18 @@ def test_batches_that_no_scale_helps_end_the_run():
     assert "batch 4 in epoch 0 (optimiser step 5)" in str(error)
 
 
-def test_batches_are_looked_at_without_a_callback_of_ones_own(tmp_path: Path):
+def test_guard_is_there_where_it_is_needed():
+    options: Any = {"enable_progress_bar": False}
+    assert Trainer(**options).callbacks == []
+    assert [type(c) for c in Trainer(precision="16-mixed", **options).callbacks] == [NonFinite]
+    own = NonFinite("skip")
+    assert Trainer(precision="16-mixed", callbacks=own, **options).callbacks == [own]
+
+
+@pytest.mark.slow
+def test_batch_that_no_scale_helps_is_run_once_more(tmp_path: Path):
     options: Any = {"precision": half(init_scale=1.0), "max_epochs": 1}
     trainer = tiny.make_trainer(default_root_dir=tmp_path, **options)
-    assert [type(c) for c in trainer.callbacks] == [NonFinite]
     with pytest.raises(NonFiniteError, match="batch 3 in epoch 0") as caught:
         trainer.fit(tiny.Tiny(), batches_with((3,)))
     assert any("to run it once more" in note for note in caught.value.__notes__)
