@@ -6,6 +6,10 @@ MNIST MLP    the trainer at several K, with data on the device and sent from the
              compilation cache: `first epoch s` is compile + epoch 1
 checkpoints  how long training stands still for a save, the one before being on disk already, and
              the copy to the host alone
+transformer  of about 100M parameters: the trainer against a jitted step by hand, in float32 and
+             bf16-mixed, with the utilisation of the device (MFU)
+trade-offs   the same transformer with other precisions, rematerialisation, accumulation and its
+             optimiser state on the host: time and memory
 
     PYTHONPATH=. python benchmarks/gpu.py
 """
@@ -27,11 +31,15 @@ import optax
 from benchmarks.by_hand import ByHand
 from benchmarks.common import interleave, parse, parser, rows_of
 from benchmarks.loops import loop_rows
+from benchmarks.models import SIZES, achieved, measure
 from benchmarks.report import Report
+from benchmarks.tradeoffs import tradeoff_rows
 from benchmarks.trained import Module, loader, trained
+from benchmarks.transformer import Size, transformer
 from benchmarks.workloads import Batch, Workload, linear, mnist_cnn, mnist_mlp
 from jaxtrainer import Trainer
 from jaxtrainer.callbacks import Checkpoint
+from jaxtrainer.peaks import Arithmetic, peak_of
 
 
 def mnist_rows(sizes: Sequence[int], rounds: int, epochs: int) -> list[dict[str, Any]]:
@@ -102,12 +110,32 @@ def checkpoint_row(size_mb: float, epochs: int) -> dict[str, Any]:
     }
 
 
+def add_transformer(report: Report, size: Size, args: Any) -> None:
+    """The trainer against the step by hand in two precisions, and what saves memory."""
+    batch_size, steps = args.batch_size, args.transformer_steps
+    peak = peak_of(jax.devices()[0].device_kind)
+    what = f"transformer, {size.num_params / 1e6:.3g} M parameters, batch {batch_size} x {size.seq}"
+    kinds: dict[str, Arithmetic] = {"32-true": "tf32", "bf16-mixed": "bf16"}
+    for name, rate in kinds.items():
+        workload = transformer(size, batch_size, steps, bf16=name == "bf16-mixed")
+        rows = measure(workload, args.rounds, args.epochs, limit=False)
+        report.add(f"{what}, {name}", rows)
+        rate_of_device = peak.of(rate) if peak else None
+        tflops = rate_of_device / 1e12 if rate_of_device else None
+        report.add(f"{name}: achieved", achieved(rows, batch_size * size.seq, size, tflops))
+    of_settings = size, batch_size, steps, min(args.rounds, 3), args.epochs
+    report.add(f"{what}: trade-offs", tradeoff_rows(*of_settings))
+
+
 def main(argv: Sequence[str] | None = None) -> Report | None:
     options = parser(__doc__)
     options.add_argument("--anyway", action="store_true", help="also without a GPU")
     options.add_argument("--steps", type=int, default=2048, help="steps of a timed loop")
     options.add_argument("--sizes", type=int, nargs="+", help="K", default=[1, 8, 32, 128])
     options.add_argument("--states-mb", type=float, nargs="+", default=[1, 100, 1000])
+    options.add_argument("--size", choices=[*SIZES], default="large", help="of the transformer")
+    options.add_argument("--batch-size", type=int, default=16, help="of the transformer")
+    options.add_argument("--transformer-steps", type=int, default=20, help="steps of an epoch")
     args = parse(options, argv, rounds=5)
     if jax.default_backend() != "gpu" and not args.anyway:
         print(f"needs a GPU, here is {jax.default_backend()}; --anyway runs it all the same")
@@ -121,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
     report.add("MNIST MLP, batch 256", mnist_rows(args.sizes, args.rounds, args.epochs))
     rows = [checkpoint_row(size, max(args.epochs, 3)) for size in args.states_mb]
     report.add("checkpoints", rows)
+    add_transformer(report, SIZES[args.size], args)
     report.finish()
     return report
 

@@ -22,6 +22,7 @@ from benchmarks.transformer import Size, transformer
 from benchmarks.workloads import Workload, mnist_cnn
 
 SIZES = {
+    "tiny": Size(layers=2, width=16, heads=2, seq=16, vocab=32),
     "small": Size(),
     "large": Size(layers=12, width=768, heads=12, seq=1024, vocab=32_768),
 }

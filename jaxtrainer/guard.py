@@ -73,7 +73,8 @@ class Verdict(NamedTuple):
 def init_guard(guard: Guard | None) -> Nested:
     """Return the guard's state: counters, `[]` int32, and moments of the norm, `[]` float32.
 
-    With a loss scale it is there too. `frozen` is the index of the batch that froze the state, plus one; 0 for none.
+    With a loss scale that is there too. `frozen` is the index of the batch that froze the state,
+    plus one; 0 for none.
     """
     if guard is None:
         return {}

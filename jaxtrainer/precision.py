@@ -5,7 +5,8 @@ Imports `errors`, `patterns` and `types` only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -195,6 +196,22 @@ def check_matmul_precision(value: str | None) -> str | None:
 def matmuls_in(value: str | None) -> AbstractContextManager[Any]:
     """Return a context in which matrix products are traced with that precision."""
     return nullcontext() if value is None else jax.default_matmul_precision(value)
+
+
+def tracing_matmuls(
+    value: str | None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function so that its matrix products are traced with that precision."""
+
+    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def traced(*args: Any) -> Any:
+            with matmuls_in(value):
+                return fn(*args)
+
+        return fn if value is None else traced
+
+    return wrap
 
 
 def wide(dtype: Any) -> Any:

@@ -97,7 +97,7 @@ def _is_graph_node(leaf: Any) -> bool:
 
 
 def _is_traced(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") or _is_graph_node(leaf)
+    return (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) or _is_graph_node(leaf)
 
 
 def _policy(pattern: str, value: Any) -> Callable[..., Any]:

@@ -1,6 +1,7 @@
 """What stands around the calls of a model's modules, for a trace that asks for it.
 
-First of all their paths in the names of what is traced. Knows models and `jax.named_scope`, nothing of training. Imports nothing of the package.
+First of all their paths in the names of what is traced. Knows models and `jax.named_scope`,
+nothing of training. Imports nothing of the package.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Shortage:
         saved = max(0, whole.temporary - self._grad_bytes)
         yield (
             f"rematerialisation: {_size(whole.temporary)} are temporaries of the step; `remat=` "
-            f"with a pattern of the model's blocks computes them anew, and frees up to {_size(saved)}"
+            f"with a pattern of the model's blocks computes them anew: up to {_size(saved)} less"
         )
         if self.session.options.precision.name == "32-true":
             half = self._measure(self.spec.rows, precision="bf16-mixed")

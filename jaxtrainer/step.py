@@ -36,7 +36,7 @@ from jaxtrainer.outputs import (
     refuse_leaked,
     step_outputs,
 )
-from jaxtrainer.precision import Precision, matmuls_in
+from jaxtrainer.precision import Precision, matmuls_in, tracing_matmuls
 from jaxtrainer.scopes import scopes_of
 from jaxtrainer.state import Adapter, Nested, TrainState
 from jaxtrainer.types import Array, PyTree, Stage
@@ -181,7 +181,7 @@ def build_train_step(
     def with_totals(state: TrainState, control: Array) -> TrainState:
         return state._replace(totals=jnp.where(control[RESET] > 0, totals.initial(), state.totals))
 
-    @_with_matmuls(options)
+    @tracing_matmuls(options.matmul_precision)
     def single(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         i = control[START]
         batch = _take(options, resident, chunk, i)
@@ -193,7 +193,7 @@ def build_train_step(
             state = state._replace(opt_state=to_host(state.opt_state))
         return state, row[None]
 
-    @_with_matmuls(options)
+    @tracing_matmuls(options.matmul_precision)
     def fused(state: TrainState, resident: PyTree, chunk: PyTree, control: Array) -> Any:
         def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, rows = carry
@@ -239,7 +239,7 @@ def step_fn(
         (loss, aux), grads = scaled_grad(loss_fn, scale)(trained)
         return options.layout.keep_params(grads), loss, *aux
 
-    @_with_matmuls(options)
+    @tracing_matmuls(options.matmul_precision)
     def run_step(
         params: Nested,
         model_state: Nested,
@@ -280,7 +280,7 @@ def build_eval_step(
         refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
     totals = Totals(tuple(trace.recorder.specs.values()))
 
-    @_with_matmuls(options)
+    @tracing_matmuls(options.matmul_precision)
     def program(length: int, *arguments: Any) -> Any:
         params, model_state, sums, resident, chunk, control = arguments
         start = control[START]
@@ -311,7 +311,7 @@ def build_predict_step(options: StepOptions, rows: int) -> Callable[..., PyTree]
     """Return `fn(params, model_state, resident, chunk, index) -> predictions` for a batch."""
     module = options.module
 
-    @_with_matmuls(options)
+    @tracing_matmuls(options.matmul_precision)
     def program(
         params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
     ) -> PyTree:
@@ -391,20 +391,6 @@ class _Traced:
         weight = batch_weight(outputs, self.where, float(rows))
         state = like(model_state, new_state) if training else model_state
         return loss, (state, recorder.row(), recorder.weight_row(), weight)
-
-
-def _with_matmuls(options: StepOptions) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what makes a function trace its matrix products as the options say."""
-
-    def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def traced(*args: Any) -> Any:
-            with matmuls_in(options.matmul_precision):
-                return fn(*args)
-
-        return traced
-
-    return wrap if options.matmul_precision is not None else lambda fn: fn
 
 
 def _refuse_twice(specs: Sequence[MetricSpec]) -> None:

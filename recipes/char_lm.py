@@ -61,32 +61,27 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    def __init__(self, remat, rngs):
+    def __init__(self, rngs):
         # Not nnx.Embed, which keeps float32 whatever the precision: all that follows would, too.
         init = nnx.initializers.normal(0.02)
         self.embed = nnx.Param(init(rngs.params(), (BYTES, FEATURES)))
         self.places = nnx.Param(init(rngs.params(), (WINDOW, FEATURES)))
         self.blocks = nnx.List(Block(rngs) for _ in range(DEPTH))
         self.norm = nnx.RMSNorm(FEATURES, rngs=rngs)
-        self.remat = remat
 
     def __call__(self, token_BT, caches=(), time=0):
         """Logits of the byte after each one, and the caches with the keys and values of these."""
         x_BTE = self.embed[token_BT] + self.places[time + jnp.arange(token_BT.shape[1])][None]
-        run = nnx.remat(Block.__call__) if self.remat and not caches else Block.__call__
         after = []
         for block, cache in zip(self.blocks, caches or DEPTH * [None], strict=True):
-            x_BTE, cache = run(block, x_BTE, cache, time)
+            x_BTE, cache = block(x_BTE, cache, time)
             after.append(cache)
         return (self.norm(x_BTE) @ self.embed.T).astype(jnp.float32), after
 
 
 class CharLM(TrainModule):
-    def __init__(self, remat=False):
-        self.remat = remat
-
     def configure_model(self, rngs):
-        return Transformer(self.remat, rngs)
+        return Transformer(rngs)
 
     def configure_optimizers(self):
         steps = self.run.estimated_steps
@@ -170,10 +165,11 @@ def train(args):
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         precision=args.precision,
+        remat="blocks/*" if args.remat else None,
     )
     train_loader, val_loader = make_loaders(args.text or standard_library(), args.seed)
     ckpt_path = "last" if args.resume else None
-    result = trainer.fit(CharLM(args.remat), train_loader, val_loader, ckpt_path=ckpt_path)
+    result = trainer.fit(CharLM(), train_loader, val_loader, ckpt_path=ckpt_path)
     perplexity = result.metrics["val/perplexity"]
     print(f"perplexity: {perplexity:.3f}, or {math.log2(perplexity):.3f} bits a byte")
     return perplexity

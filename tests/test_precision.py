@@ -20,8 +20,12 @@ from jaxtrainer.traced import TracedStep
 from tests import tiny
 from tests.bad_input import module_with, refused
 
-KEPT = {"32-true": "float32", "bf16-mixed": "float32", "16-mixed": "float32", "bf16-true": "bfloat16"}
-COMPUTED = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+KEPT = {
+    "32-true": "float32",
+    "bf16-mixed": "float32",
+    "16-mixed": "float32",
+    "bf16-true": "bfloat16",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -84,13 +84,16 @@ def plan(model: Any = Deep, **options: Any) -> Any:
 
 def test_operations_rise_as_the_policy_says():
     before = Block.__call__, nnx.Linear.__call__
-    none, dots, all_ = (
-        plan(remat=remat).flops
-        for remat in (None, {"blocks/*": "dots_saveable"}, {"blocks/*": "nothing_saveable"})
-    )
+    given = (None, {"blocks/*": "dots_saveable"}, {"blocks/*": "nothing_saveable"})
+    plans = [plan(remat=remat) for remat in given]
+    none, dots, all_ = (plan.flops for plan in plans)
     # Of three parts, forward and two of backward, the forward one is made again: 4 for 3.
     assert 1.25 * none < all_ < 1.45 * none
     assert none < dots < 0.9 * all_
+    # Modules are still told apart: what is made again counts as backward.
+    of_block = [plan.module_flops["blocks/1/up"] for plan in plans]
+    assert of_block[0].forward == of_block[2].forward > 0
+    assert of_block[0].backward < of_block[2].backward
     # What stands around the calls is gone with the trace.
     assert (Block.__call__, nnx.Linear.__call__) == before
 

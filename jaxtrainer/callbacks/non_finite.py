@@ -24,6 +24,9 @@ class NonFinite(Callback):
     the end of the epoch, without asking the device more often. `run.global_step` counts such a
     batch; the optimiser's own count does not.
 
+    With precision `"16-mixed"` a batch that overflows while the loss scale can still fall is left
+    out whatever the policy; it is in `train/skipped_batches`, and in no count here.
+
     Under accumulation the window is the mean of its other batches. Of a training step that makes
     its own updates the loss and the new parameters are looked at.
 
