@@ -98,6 +98,8 @@ def loader(kind: str, rows: int = ROWS) -> Any:
             return data.from_arrays(arrays(rows), batch_size=SIZE, shuffle=True, seed=3)
         case "records":
             return grain.MapDataset.source(Records(rows)).batch(SIZE)
+        case "iter":
+            return grain.MapDataset.source(Records(rows)).to_iter_dataset().batch(SIZE)
         case "own":
             return data.process_local(Stream(own_part()))
         case "stream":

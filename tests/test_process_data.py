@@ -18,7 +18,7 @@ from tests.cluster import Outcome, run_cluster
 from tests.data_program import ROWS, SIZE, arrays, loader
 
 PROGRAM = "tests.data_program"
-KINDS = ("resident", "gathered", "list", "records", "stream", "own")
+KINDS = ("resident", "gathered", "list", "records", "iter", "stream", "own")
 RAGGED = (1, 9)
 
 
@@ -144,7 +144,7 @@ def test_every_loader_on_every_division_is_exact(processes: int, devices: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shuffled", "records", "stream", "own"])
+@pytest.mark.parametrize("kind", ["shuffled", "records", "iter", "stream", "own"])
 def test_resume_in_other_processes_goes_on_with_the_same_samples(kind: str, tmp_path: Path):
     order: list[float] = []
     # Within an epoch, and over its end.
