@@ -1,7 +1,7 @@
 """Data in several processes: the same samples in the same batch, none twice and none left out.
 
 The programs of `data_program` run in two processes of four devices here, in four of two and one of
-eight where it says so. Orders and means are compared with NumPy's, exactly: they are of integers.
+eight where it says so. Orders are compared with NumPy's exactly, being sums of integers.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def shuffled_order() -> list[float]:
 def assert_exact(outcome: Outcome, ragged: int) -> None:
     rows = 2 * SIZE + ragged
     metrics = outcome.same(f"metrics_{ragged}")
-    assert metrics["val/mean_id"] == np.arange(rows).mean()
     least = (arrays(rows)["x"] ** 2).sum(1).min()
-    assert metrics["val/least"] == pytest.approx(least, rel=1e-6)  # one sum of four, in float32
+    # The mean of a batch is rounded to float32; a sample too many or too few is 1 in 50.
+    assert metrics["val/mean_id"] == pytest.approx(np.arange(rows).mean(), rel=1e-6)
+    assert metrics["val/least"] == pytest.approx(least, rel=1e-6)
     predicted = outcome.same(f"rows_{ragged}")
     assert [len(part) for part in predicted] == [SIZE, SIZE, ragged]
     assert [*itertools.chain(*predicted)] == [*range(rows)]
