@@ -151,6 +151,8 @@ class Feed:
                 options.name_of(start, self._first_epoch),
             )
         self.first, self.rows = self._chunks.first, self._chunks.rows
+        # Refused here, before anything compiles, where it cannot be placed.
+        self._held(self.rows)
         indices = jax.ShapeDtypeStruct((self.rows,), np.int32)
         self.spec = FeedSpec(
             batch=self._chunks.spec,

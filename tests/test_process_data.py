@@ -121,6 +121,7 @@ def test_data_is_prepared_once_on_a_host_before_any_setup(two: Any):
         ("shorter_stream", "batches of the next chunk: 3, there 4"),
         ("later_change", "does not give all processes the same batches in epoch 0"),
         ("marked_twice", "processes 0 and 1 read the same rows. Divide what each reads"),
+        ("no_device", "has no device of process 1, and each process must have one in it"),
         ("one_is_empty", "the train loader has no batches"),
         ("one_fails", "train batch 2 of epoch 0 has another structure"),
     ],
