@@ -89,9 +89,12 @@ def _run_in(is_chosen: bool, job: Callable[[], None], name: str, limit_s: float)
             raise DistributedError(f"{name} failed in process {process}: {failure}")
 
 
-def facts_of(first: PyTree, rows: int, num_batches: int | None, *, is_own: bool) -> dict[str, Any]:
+def facts_of(
+    first: PyTree, kind: str, rows: int, num_batches: int | None, *, is_own: bool
+) -> dict[str, Any]:
     """Return what the processes compare of a loader, as JSON."""
     return {
+        "type": kind,
         "rows of a batch": rows,
         "batches an epoch": num_batches,
         "each process reads its own part": is_own,

@@ -151,6 +151,8 @@ class Feed:
                 options.name_of(start, self._first_epoch),
             )
         self.first, self.rows = self._chunks.first, self._chunks.rows
+        # Refused here, before anything compiles, where it cannot be placed.
+        self._held(self.rows)
         indices = jax.ShapeDtypeStruct((self.rows,), np.int32)
         self.spec = FeedSpec(
             batch=self._chunks.spec,
@@ -194,7 +196,8 @@ class Feed:
         looked_at = self.first
         if isinstance(source, MapSource) and source.is_partial:
             looked_at = source.sample(self._first_epoch, self._start)
-        return facts_of(looked_at, self.rows, self.num_batches, is_own=is_own)
+        kind = type(getattr(source, "loader", source)).__name__
+        return facts_of(looked_at, kind, self.rows, self.num_batches, is_own=is_own)
 
     def again(self, limit: int | None = None) -> Feed:
         """Return a feed of the same epoch from its start, with the same arrays on the device."""

@@ -109,7 +109,10 @@ class TrainModule:
         return []
 
     def prepare_data(self) -> None:
-        """Download or convert what is not there yet; called before `setup`, on every process."""
+        """Download or convert what is not there yet; called before `setup`.
+
+        Of several processes the first of each host runs it, and the others wait.
+        """
 
     def train_dataloader(self) -> Any:
         """Return the loader for `fit` without one; called after `setup`."""

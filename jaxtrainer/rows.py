@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrainer.errors import ConfigError
 from jaxtrainer.sharding import batch_sharding, num_data_shards
 from jaxtrainer.types import PyTree
 
@@ -76,6 +77,11 @@ def held_rows(mesh: Mesh, rows: int, devices: tuple[Any, ...] | None = None) -> 
     padded = padded_rows(mesh, rows)
     where = batch_sharding(mesh, padded, stacked=False).devices_indices_map((padded,))
     mine = mesh.local_devices if devices is None else devices
+    if not mine:
+        raise ConfigError(
+            f"mesh={dict(mesh.shape)} has no device of process {jax.process_index()}, and each "
+            "process must have one in it; use all devices: `Trainer(mesh={'data': -1})`."
+        )
     blocks = sorted({where[device][0].indices(padded)[:2] for device in mine})
     places = np.concatenate([np.arange(*block, dtype=np.int32) for block in blocks])
     held = places[places < rows]

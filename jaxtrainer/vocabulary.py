@@ -89,7 +89,8 @@ OF_THE_TRAINER = {
     "enable_autolog_hparams": "Hyper-parameters are the module's attributes; nothing is logged.",
     "benchmark": "XLA chooses its kernels when it compiles.",
     "inference_mode": "Evaluation takes no gradients, so that nothing is kept for them.",
-    "use_distributed_sampler": "Loaders are sharded by `data.from_arrays(shard=...)` or by Grain.",
+    "use_distributed_sampler": "Give every process the same loader: each takes the "
+    "rows of its own devices.",
     "profiler": "Pass `callbacks=[Profiler()]`; timings by phase are in `result.timings`.",
     "detect_anomaly": "Pass `callbacks=[NonFinite()]`: it finds the batch and the line.",
     "barebones": "Without callbacks nothing runs but the step; the bar is turned off by "

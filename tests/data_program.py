@@ -98,6 +98,8 @@ def loader(kind: str, rows: int = ROWS) -> Any:
             return data.from_arrays(arrays(rows), batch_size=SIZE, shuffle=True, seed=3)
         case "records":
             return grain.MapDataset.source(Records(rows)).batch(SIZE)
+        case "iter":
+            return grain.MapDataset.source(Records(rows)).to_iter_dataset().batch(SIZE)
         case "own":
             return data.process_local(Stream(own_part()))
         case "stream":
@@ -204,12 +206,14 @@ def refused() -> None:
         "shorter_stream": Stream(whole[: 4 - index]),
         "later_change": Stream([*whole[:2], whole[2 + index]]),
         "marked_twice": data.process_local(Stream([*whole])),
+        "no_device": whole,
         "one_is_empty": whole if index == 0 else [],
         "one_fails": Stream([*whole[:2], {"x": whole[0]["x"]}] if index else whole),
     }
     for name, bad in wrong.items():
+        mesh = {"data": 1} if name == "no_device" else MESH
         try:
-            tiny.fit(bad, module=Watching(), mesh=MESH, max_epochs=2, steps_per_dispatch=1)
+            tiny.fit(bad, module=Watching(), mesh=mesh, max_epochs=2, steps_per_dispatch=1)
             say(**{name: "trained"})
         except JaxTrainerError as error:
             say(**{name: str(error)})

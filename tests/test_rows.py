@@ -12,6 +12,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxtrainer import data
 from jaxtrainer.chunks import ReadOptions
@@ -20,6 +21,7 @@ from jaxtrainer.grain_source import MapSource
 from jaxtrainer.indexed import IndexedChunks
 from jaxtrainer.rows import held_rows, padded_rows, place_chunk
 from jaxtrainer.sharding import batch_sharding, build_mesh
+from tests import tiny
 
 DIVISIONS = (1, 2, 4, 8)
 
@@ -147,3 +149,39 @@ def test_grain_dataset_whose_rows_are_not_known_is_read_whole(last: str):
     source = MapSource(dataset)
     assert source.of_rows(lambda rows: pytest.fail("asked for rows")) is source
     assert next(source.open(0, 0))[0]["x"].shape == (8, 1)
+
+
+class Pictures(nnx.Module):
+    """Convolution, BatchNorm and a softmax over rows: what a division could get wrong."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = self.norm(self.conv(x)).reshape(len(x), -1, 4)
+        return jax.nn.softmax(self.attention(rows).mean(1), axis=0)
+
+
+class Look(tiny.Tiny):
+    def validation_step(self, model: Any, batch: Any) -> Any:
+        self.log("mean", model(batch["x"]).max(1).mean())
+
+    def predict_step(self, model: Any, batch: Any) -> Any:
+        return model(batch["x"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", [1, 5, 9, 15])
+def test_ragged_batch_is_that_of_one_device_in_any_operation(ragged: int):
+    x = np.random.default_rng(0).normal(size=(16 + ragged, 6, 6, 1)).astype(np.float32)
+    batches = [{"x": x[:16]}, {"x": x[16:]}]
+    values, predictions = [], []
+    for mesh in ({"data": 8}, {"data": 1}):
+        trainer, module = tiny.make_trainer(mesh=mesh), Look(Pictures)
+        values.append(trainer.validate(module, batches, verbose=False)["val/mean"])
+        predictions.append(np.concatenate(trainer.predict(module, batches)))
+    # Float32 sums in another order.
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    np.testing.assert_allclose(*predictions, rtol=1e-4, atol=1e-6)
