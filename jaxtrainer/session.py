@@ -34,6 +34,7 @@ from jaxtrainer.loaders import refuse_several
 from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
+from jaxtrainer.peers import peers_of
 from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
 from jaxtrainer.run import Run
@@ -90,6 +91,8 @@ class Session:
         self.mesh = build_mesh(options.mesh)
         self.record = read_record(path) if path is not None else None
         self.interrupts = Interrupts(self.run)
+        teardown = functools.partial(self.hooks.teardown, self.run)
+        self.peers = peers_of(self.run, teardown, options.peer_timeout_s, options.log_every_n_steps)
         self._patience = Patience(
             options.data_timeout_s, lambda: self.run.stop_reason == "interrupted"
         )
@@ -107,6 +110,7 @@ class Session:
     def __enter__(self) -> Session:
         try:
             self.interrupts.__enter__()
+            self.peers.start()
             thaw(self.module)
             self.module.run = self.run
             if self.loaders is not None:
@@ -126,10 +130,12 @@ class Session:
     ) -> None:
         failure = None if isinstance(error, GeneratorExit) else error
         try:
+            self.peers.fail(failure)
             # Last in, first out; each runs also when the one before it fails.
             with ExitStack() as cleanup:
+                cleanup.callback(self.peers.close, failure)
                 cleanup.callback(self.interrupts.__exit__, kind, error, trace)
-                cleanup.callback(self.hooks.teardown, self.run)
+                cleanup.callback(self.peers.teardown)
                 cleanup.callback(self._keep_model)
                 if failure is not None:
                     cleanup.callback(self._tell, failure)
