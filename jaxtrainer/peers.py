@@ -292,7 +292,7 @@ class Peers:
                 continue
             traceback.print_exception(error)
             tell("the clean-up waits for others that have left; the process is left as it is")
-            self._leave_process(1 if self.verdict is None else EXIT_RESTART)
+            self._leave_process(EXIT_RESTART if self._follows(error) else 1)
 
     def _why_aborted(self) -> str:
         silent = self._dog.silent(2.5 * self._interval_s)
