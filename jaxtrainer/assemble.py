@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from jaxtrainer import configuration
 from jaxtrainer.averaging import evaluated
 from jaxtrainer.checkpoint import check_state, restore_state
 from jaxtrainer.data import device_transform_of
@@ -45,6 +46,8 @@ from jaxtrainer.validation import build_schedule
 def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     """Return what the training loop drives, its state restored or initialised."""
     run, options, hooks = session.run, session.options, session.hooks
+    asked = configuration.of_call(options, session.module, hooks.callbacks, session.path)
+    configuration.compare(asked, "call")
     feed = session.train_feed(train_loader)
     capacity = chunk_capacity(
         options.steps_per_dispatch,
@@ -60,6 +63,8 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
         return TracedStep(session, spec, device_transform_of(train_loader), capacity, guard)
 
     step = build(session, feed.spec, capacity)
+    traced = feed.spec.batch, capacity, run.num_batches, step.program.fingerprint
+    configuration.compare(configuration.of_step(*traced), "step")
     session.advise = Shortage(session, feed.spec, run.accumulate, build).notes
     run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals

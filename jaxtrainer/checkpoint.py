@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrainer import distributed
 from jaxtrainer.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -35,6 +36,7 @@ from jaxtrainer.manifest import (
 from jaxtrainer.places import place
 from jaxtrainer.record import check_record, decode
 from jaxtrainer.rundir import PREFIX, fetched, has_item, saved_steps, step_of, step_path
+from jaxtrainer.sharding import place as put
 from jaxtrainer.state import TrainState, flat_items, nest
 
 RECORD = "record"
@@ -175,17 +177,23 @@ def last_whole(directory: Path) -> tuple[Path, dict[int, str]]:
     Raises:
         CheckpointCorruptError: If all of them are damaged.
     """
-    found: dict[int, str] = {}
+    # Of several processes one reads, and says.
+    found = _whole_and_damaged(directory) if distributed.is_first() else (None, [])
+    step, damaged = distributed.broadcast(found, "last whole checkpoint")
+    if step is None:
+        raise CheckpointCorruptError("\n".join(text for _, text in damaged))
+    return step_path(directory, step), dict(damaged)
+
+
+def _whole_and_damaged(directory: Path) -> tuple[int | None, list[tuple[int, str]]]:
+    found: list[tuple[int, str]] = []
     for step in reversed(saved_steps(directory)):
-        path = step_path(directory, step)
         try:
-            # With several processes each would have to read all of it, and agree: restoring says.
-            if jax.process_count() == 1:
-                verify(path)
-            return path, found
+            verify(step_path(directory, step))
+            return step, found
         except CheckpointCorruptError as error:
-            found[step] = str(error)
-    raise CheckpointCorruptError("\n".join(found.values()))
+            found.append((step, str(error)))
+    return None, found
 
 
 def saved_names(path: Path, item: str) -> list[str]:
@@ -257,7 +265,7 @@ def _restore_small(saved: Mapping[str, Any], target: TrainState) -> dict[str, An
         "rng": np.array(saved["rng"], np.uint32),
         "totals": totals,
     }
-    return {k: jax.device_put(v, getattr(target, k).sharding) for k, v in arrays.items()}
+    return {k: put(v, getattr(target, k).sharding) for k, v in arrays.items()}
 
 
 def _compare(path: Path, manifest: Mapping[str, Any], wanted: Arrays) -> None:
@@ -289,10 +297,28 @@ def _describe(leaf: Any) -> str:
 
 
 def _reader() -> Any:
-    ocp = orbax()
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
-    handlers[RECORD] = ocp.JsonCheckpointHandler()
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+    ocp, options = orbax(), multiprocessing(is_alone=True)
+    handlers = {
+        name: ocp.StandardCheckpointHandler(multiprocessing_options=options) for name in ITEMS
+    }
+    handlers[RECORD] = ocp.JsonCheckpointHandler(multiprocessing_options=options)
+    composite = ocp.CompositeOptions(multiprocessing_options=options)
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite, **handlers)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
+def multiprocessing(*, is_alone: bool) -> Any:
+    """Return Orbax's options for this process alone, which waits for no other, or for all.
+
+    By default Orbax waits by a program on all devices, for ever and in whatever thread it is. The
+    processes named, it waits at barriers with a time limit.
+    """
+    here, count = jax.process_index(), jax.process_count()
+    return orbax().options.MultiprocessingOptions(
+        primary_host=here if is_alone else 0,
+        active_processes={here} if is_alone else {*range(count)},
+        barrier_sync_key_prefix=f"jaxtrainer{here}" if is_alone else "jaxtrainer",
+    )
 
 
 def orbax() -> Any:

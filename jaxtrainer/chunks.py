@@ -26,7 +26,7 @@ from jaxtrainer.data import (
 )
 from jaxtrainer.errors import BatchSpecError, DataError
 from jaxtrainer.remedies import ALLOW
-from jaxtrainer.rows import Held
+from jaxtrainer.rows import Held, first_rows, with_rows
 from jaxtrainer.shapes import Shape, Shapes, shape_of
 from jaxtrainer.types import PyTree
 from jaxtrainer.workers import close_iterator, why_empty
@@ -43,6 +43,7 @@ class HostChunk(NamedTuple):
         is_last: Whether the epoch ends with it.
         states: The loader's own state after each batch, where it has one.
         shape: Of a batch, where a loader may have several and it is not cut short.
+        digest: Of the first row of each batch, where the processes compare theirs.
     """
 
     tree: PyTree
@@ -51,6 +52,7 @@ class HostChunk(NamedTuple):
     is_last: bool
     states: list[Any]
     shape: Shape | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class ReadOptions:
         shapes: Those that a run which is resumed has used.
         check_rows: Raises for a number of rows that cannot be run, of such batches.
         held: Which part of a batch of so many rows this process holds; None for all of it.
+        signs: Whether a chunk has a digest.
     """
 
     stage: str
@@ -75,6 +78,7 @@ class ReadOptions:
     shapes: Sequence[Any] = ()
     check_rows: Callable[[int], None] = lambda rows: None
     held: Callable[[int], Held | None] = lambda rows: None
+    signs: bool = False
 
     def name_of(self, batch_idx: int, epoch: int) -> str:
         """Return what a batch is called in messages."""
@@ -223,8 +227,13 @@ class StackedChunks:
         # Looked at, but not lost: a loader that can be read once only has no second iterator.
         self._peeked: Iterator[Any] | None = itertools.chain([first], batches)
         self.first = as_host_batch(first[0], where)
-        self.spec = spec_of(self.first)
         self.rows = num_rows(self.first, where)
+        self.spec = spec_of(self.first)
+        # Of a part of each batch the whole is told.
+        self._rows_of = source.rows_of if getattr(source, "is_partial", False) else None
+        if self._rows_of is not None:
+            self.rows = self._rows_of(start, self.rows)
+            self.spec = with_rows(self.spec, self.rows)
         self.shapes: Shapes | None = None
         if options.max_recompiles:
             self.shapes = Shapes(self.spec, options.max_recompiles, options.shapes)
@@ -305,14 +314,28 @@ class StackedChunks:
         try:
             for i, (batch, after) in enumerate(itertools.islice(batches, limit), start):
                 host = as_host_batch(batch, where)
-                yield self._read(host, after, where)
+                yield self._read(host, after, where, i)
                 self.reading = where = self.options.name_of(i + 1, epoch)
         except Exception as error:
             # An item like the others: generators that read ahead would lose what they hold.
             yield _Failed(_noted(error, where))
         self.close()
 
-    def _read(self, batch: PyTree, state: Any, where: str) -> _Read:
+    def _read(self, batch: PyTree, state: Any, where: str, batch_idx: int) -> _Read:
+        if self._rows_of is not None:
+            got = jax.tree.leaves(batch)[0].shape[0]
+            rows = self._rows_of(batch_idx, got)
+            held = self.options.held(rows)
+            part = rows if held is None else len(held.rows)
+            if got != part:
+                raise BatchSpecError(
+                    f"{where} has {rows} rows, of which the devices of this process hold {part}; "
+                    f"its loader gave {got}. With `data.process_local` each process reads as many "
+                    "rows as the others, and they must divide over its devices; or let every "
+                    "process read whole batches, without it."
+                )
+            check_spec(batch, with_rows(self.spec, part), where)
+            return _Read(batch, rows, state, is_whole=rows == self.rows)
         if self.shapes is None:
             is_whole = check_spec(batch, self.spec, where)
             rows = self.rows if is_whole else num_rows(batch, where)
@@ -325,12 +348,14 @@ class StackedChunks:
         first = group[0]
         capacity = capacity if first.is_whole else 1
         batches, held = [read.batch for read in group], self.options.held(first.rows)
+        digest = first_rows(batches) if self.options.signs else ""
         if held is not None:
-            batches = jax.tree.map(held.of, batches)
+            part = held.of if self._rows_of is None else held.padded
+            batches = jax.tree.map(part, batches)
         tree = jax.tree.map(lambda *leaves: _stack(leaves, capacity), *batches)
         states = [read.state for read in group]
         shape = first.shape if first.shape and first.is_whole else None
-        return HostChunk(tree, len(group), first.rows, is_last, states, shape)
+        return HostChunk(tree, len(group), first.rows, is_last, states, shape, digest)
 
 
 class _Read(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import reprlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -16,9 +15,11 @@ import jax
 import numpy as np
 
 from jaxtrainer.errors import BatchSpecError, CheckpointMismatchError, DataError
+from jaxtrainer.grain_source import MapSource
+from jaxtrainer.local import LocalSource, ProcessLocal
 from jaxtrainer.remedies import allowance, is_shorter, remedy
 from jaxtrainer.types import IndexedLoader, PyTree, StatefulIterator
-from jaxtrainer.workers import close_iterator, failing_records, why_empty, why_forked
+from jaxtrainer.workers import close_iterator, why_empty, why_forked
 
 
 def from_arrays(
@@ -99,6 +100,27 @@ def on_device(loader: Any, transform: Callable[[PyTree], PyTree]) -> OnDevice:
     return OnDevice(inner, transform if first is None else lambda batch: transform(first(batch)))
 
 
+def process_local(loader: Any) -> Any:
+    """Mark a loader that gives each process its own part of every batch.
+
+    Without the mark every process reads the same batches, and the trainer takes the rows that
+    are of its own devices; `from_arrays` and a Grain `MapDataset` that ends in `.batch(n)` then
+    read no other rows. Mark what cannot do so and is slow, such as a stream that is divided
+    already. The parts of a batch, process after process, are the batch; they must be of one size.
+
+    Example:
+        >>> part = process_local([{"x": np.zeros(4)}])  # of a batch of 8, in two processes
+    """
+    if isinstance(loader, OnDevice):
+        return OnDevice(process_local(loader.loader), loader.device_transform)
+    if isinstance(loader, IndexedLoader):
+        raise DataError(
+            "process_local got arrays of `from_arrays`, which give each process its rows of one "
+            "order already; pass them as they are, the same on every process."
+        )
+    return ProcessLocal(loader)
+
+
 class Source(Protocol):
     """How the feed reads a loader."""
 
@@ -125,35 +147,6 @@ class IndexedSource:
     def gather(self, rows: np.ndarray) -> PyTree:
         """Return the rows of every array, in NumPy."""
         return jax.tree.map(lambda a: a.take(rows, axis=0), self.loader.arrays)
-
-
-class MapSource:
-    """A Grain `MapDataset`: random access, so that any position is reached at once."""
-
-    def __init__(self, dataset: Any) -> None:
-        # A dataset that the user repeated without end has one endless epoch.
-        is_endless = len(dataset) > sys.maxsize // 2
-        self.num_batches = None if is_endless else len(dataset)
-        self._dataset = dataset
-        self._endless = dataset if is_endless or not len(dataset) else dataset.repeat()
-
-    def open(self, epoch: int, start: int, state: Any = None) -> Iterator[tuple[PyTree, Any]]:
-        """See `Source.open`."""
-        # Grain counts on through the epochs, and reshuffles at each multiple of the length.
-        index = epoch * (self.num_batches or 0) + start
-        iterator = iter(self._endless.to_iter_dataset())
-        iterator.set_state({"next_index": index})
-        rest = None if self.num_batches is None else self.num_batches - start
-        try:
-            for batch in itertools.islice(iterator, rest):
-                yield batch, None
-                index += 1
-        except Exception as error:
-            if note := failing_records(self._dataset, index):
-                error.add_note(note)
-            raise
-        finally:
-            close_iterator(iterator)
 
 
 class IterableSource:
@@ -221,6 +214,8 @@ def open_source(loader: Any, stage: str) -> Source | IndexedSource:
         DataError: If it cannot be iterated, or has no batches.
     """
     loader = loader.loader if isinstance(loader, OnDevice) else loader
+    if isinstance(loader, ProcessLocal):
+        return LocalSource(open_source(loader.loader, stage))
     if why := _why_no_loader(loader):
         raise DataError(f"the {stage} loader is {why}")
     if isinstance(loader, IndexedLoader):

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrainer import distributed
 from jaxtrainer.control import STOP
 from jaxtrainer.feed import Feed
-from jaxtrainer.sharding import is_lockstep
+from jaxtrainer.sharding import is_lockstep, place
 from jaxtrainer.step import Program
 from jaxtrainer.types import PyTree
 
@@ -118,7 +119,7 @@ class DispatchChoice:
             self.steps = saved["steps"]
         elif wanted != "auto" or self.capacity == 1:
             names = ["fused" if wanted != 1 and self.capacity > 1 else "single"]
-        elif remembered := self._remembered():
+        elif remembered := distributed.broadcast(self._remembered(), "dispatch"):
             self.reason = "as measured before"
             name, self.steps = remembered
             names = [name]
@@ -154,7 +155,7 @@ class DispatchChoice:
         return (name, steps) if name in ("single", "fused") and steps > 0 else None
 
     def _remember(self, name: str) -> None:
-        if self._file is None:
+        if self._file is None or not distributed.is_first():
             return
         # A cache that cannot be written costs the next run a measurement, and nothing else.
         with contextlib.suppress(OSError):
@@ -169,20 +170,21 @@ class DispatchChoice:
         trials = _Trials(self.arguments, resident)
         alone, together = trials.of(single), trials.of(fused)
         # The first calls set up threads and memory, and are no measure; of the next the best is.
-        quick_s = min(alone.run(1, 1) for _ in range(4))
+        quick_s = distributed.broadcast(min(alone.run(1, 1) for _ in range(4)), "dispatch")
         if quick_s > LONG_STEP_S:
             self.reason = f"a step takes {quick_s * 1e3:.1f} ms"
             return "single"
-        steps = max(2, min(self.capacity, int(_TRIAL_S / alone.best_s)))
+        steps = max(2, min(self.capacity, int(_TRIAL_S / quick_s)))
         together.run(steps, 1)
         # In turn, and the best of each: a machine that slows down meanwhile slows down both.
         for _ in range(_ROUNDS):
             alone.run(1, steps)
             together.run(steps, 1)
-        self.steps = max(1, min(self.capacity, int(DISPATCH_S / together.best_s)))
-        figures = together.best_s * 1e6, alone.best_s * 1e6
-        self.reason = "{:.0f} us a step fused, {:.0f} us one by one".format(*figures)
-        return "fused" if together.best_s < alone.best_s * _SLACK else "single"
+        # Each process has its own clock: process 0 decides for all.
+        fused_s, single_s = distributed.broadcast([together.best_s, alone.best_s], "dispatch")
+        self.steps = max(1, min(self.capacity, int(DISPATCH_S / fused_s)))
+        self.reason = f"{fused_s * 1e6:.0f} us a step fused, {single_s * 1e6:.0f} us one by one"
+        return "fused" if fused_s < single_s * _SLACK else "single"
 
 
 class _Trials:
@@ -243,4 +245,4 @@ def _is_long(lowered: Any) -> bool:
 
 
 def _zeros(spec: Any) -> jax.Array:
-    return jax.device_put(np.zeros(spec.shape, spec.dtype), spec.sharding)
+    return place(np.zeros(spec.shape, spec.dtype), spec.sharding)

@@ -70,7 +70,7 @@ def initialize(
 
     Args:
         coordinator_address: `"host:port"` of process 0, under which the others reach it.
-        num_processes: How many there are; 1 starts nothing.
+        num_processes: How many there are; 1 without an address starts nothing.
         process_id: Which this is: 0 to `num_processes - 1`.
         local_device_ids: GPUs of this host that this process uses; None for all of them, or one
             for each process of a host where SLURM or Open MPI say which process that is.
@@ -222,9 +222,9 @@ def gather(value: Any, name: str, timeout_s: float = TIMEOUT_S) -> list[Any]:
     if not is_initialized():
         return [value]
     key = _key(f"jaxtrainer/gather/{name}")
-    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
-    _wait_at(key, timeout_s)
-    found = {int(k.rpartition("/")[2]): v for k, v in _client().key_value_dir_get(key)}
+    client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    wait_at(key, timeout_s)
+    found = {int(k.rpartition("/")[2]): v for k, v in client().key_value_dir_get(key)}
     return [json.loads(found[i]) for i in range(count())]
 
 
@@ -234,10 +234,10 @@ def broadcast(value: T, name: str, timeout_s: float = TIMEOUT_S) -> T:
         return value
     key = _key(f"jaxtrainer/broadcast/{name}")
     if is_first():
-        _client().key_value_set(key, json.dumps(value))
+        client().key_value_set(key, json.dumps(value))
         return value
     try:
-        return json.loads(_client().blocking_key_value_get(key, _ms(timeout_s)))
+        return json.loads(client().blocking_key_value_get(key, _ms(timeout_s)))
     except jax.errors.JaxRuntimeError as error:
         raise _late(f"process 0 did not say {name!r} within {timeout_s:g} s", error) from error
 
@@ -248,7 +248,7 @@ def _explicit(given: Mapping[str, Any]) -> Cluster | None:
         return None
     given = {**_from_environment(), **given}
     number = given.get("num_processes")
-    if number == 1:
+    if number == 1 and "coordinator_address" not in given:
         return None
     missing = {"coordinator_address", "num_processes", "process_id"} - {*given}
     if missing == {*()}:
@@ -328,7 +328,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _client() -> Any:
+def client() -> Any:
+    """Return JAX's client of the key-value store, which all processes share."""
     return _runtime.global_state.client
 
 
@@ -338,12 +339,13 @@ def _key(name: str) -> str:
 
 
 def _wait(name: str, timeout_s: float) -> None:
-    _wait_at(_key(name), timeout_s)
+    wait_at(_key(name), timeout_s)
 
 
-def _wait_at(key: str, timeout_s: float) -> None:
+def wait_at(key: str, timeout_s: float) -> None:
+    """Wait until all processes have come to a key that is used once; errors as in `barrier`."""
     try:
-        _client().wait_at_barrier(key, _ms(timeout_s))
+        client().wait_at_barrier(key, _ms(timeout_s))
     except jax.errors.JaxRuntimeError as error:
         raise _late(f"not all processes came to {key!r} within {timeout_s:g} s", error) from error
 

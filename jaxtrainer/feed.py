@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrainer.alike import Together, facts_of, needs_agreement
 from jaxtrainer.chunks import Chunks, HostChunk, IndexedChunks, ReadOptions, StackedChunks
 from jaxtrainer.data import IndexedSource, Source, as_host_batch
 from jaxtrainer.errors import DataError
+from jaxtrainer.grain_source import MapSource
 from jaxtrainer.rows import Held, held_rows, padded_rows, place_chunk
 from jaxtrainer.shapes import Shape, Shapes
 from jaxtrainer.sharding import is_lockstep, place, replicated
@@ -131,7 +133,10 @@ class Feed:
         self._threads: list[threading.Thread] = []
         self._chunks: Chunks
         self._placed: list[PyTree] = []
-        options = replace(options, held=self._held)
+        if isinstance(source, MapSource) and jax.process_count() > 1 and not options.max_recompiles:
+            self.source = source = source.of_rows(self._held)
+        self._needs_agreement = needs_agreement(source)
+        options = replace(options, held=self._held, signs=self._needs_agreement)
         resident = None
         if isinstance(source, IndexedSource):
             stays = is_resident(source.loader)
@@ -181,6 +186,15 @@ class Feed:
         """What shapes the batches may have; None if it is one."""
         return self._chunks.shapes
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be equal in all processes; see `alike`."""
+        source, is_own = self.source, getattr(self.source, "is_own", False)
+        looked_at = self.first
+        if isinstance(source, MapSource) and source.is_partial:
+            looked_at = source.sample(self._first_epoch, self._start)
+        return facts_of(looked_at, self.rows, self.num_batches, is_own=is_own)
+
     def again(self, limit: int | None = None) -> Feed:
         """Return a feed of the same epoch from its start, with the same arrays on the device."""
         feed = copy.copy(self)
@@ -196,6 +210,11 @@ class Feed:
         self._room = threading.Semaphore(_AHEAD)
         self._in_flight: queue.SimpleQueue[jax.Array] = queue.SimpleQueue()
         self._closed = threading.Event()
+        self._together: Together | None = None
+        if self._needs_agreement:
+            is_own = getattr(self.source, "is_own", False)
+            label, limit_s = self._chunks.options.stage, self._patience.limit_s
+            self._together = Together(label, self._closed, limit_s, is_own=is_own)
         # Dispatches in flight keep the device busy; large ones would only pile up memory.
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.spec.fed))
         self._run_ahead = 8 if size * capacity < _SMALL_CHUNK else 2
@@ -253,6 +272,8 @@ class Feed:
             self._put(None)
         except BaseException as error:
             error.add_note(f"while reading the {self._chunks.options.stage} loader")
+            if self._together is not None:
+                self._together.fail(error)
             self._put(error)
         finally:
             # The traceback of an error would keep iterators, and their processes, alive.
@@ -261,6 +282,8 @@ class Feed:
     def _read_epoch(self, epoch: int, start: int, state: Any) -> bool:
         host = None
         for host in self._chunks.read(epoch, start, state, self.capacity):
+            if self._together is not None:
+                self._together.check(epoch, host)
             if not self._put(self._on_device(host)):
                 return False
         if host is None:

@@ -32,13 +32,12 @@ class Interrupts:
     Only the main thread gets signals; in another one nothing is installed. Nor is it in a call
     that is made inside another, or for a signal that the program ignores.
 
-    Attributes:
-        received: The first signal, or None.
+    Of several processes each has handlers of its own, and all stop where one got a signal.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.received: int | None = None
+        self._received: int | None = None
         self._call = run.stage
         self._before: dict[int, Any] = {}
         self._watch: SignalWatch | None = None
@@ -65,6 +64,11 @@ class Interrupts:
         if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
             self.say_farewell()
 
+    @property
+    def received(self) -> int | None:
+        """The signal that has come first, here or to another process; None if there was none."""
+        return self._received or self.run.signal or None
+
     def say_farewell(self) -> None:
         """Print what was saved of a run that SIGTERM has ended."""
         run, saved = self.run, self.run.last_checkpoint
@@ -87,13 +91,13 @@ class Interrupts:
         return (signal.SIGTERM,)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        is_first = self.received is None
+        is_first = self._received is None
         if is_first:
-            self.received = number
+            self._received = number
         if self._watch is not None:
             self._watch.handled += 1
         # Also where an exception follows: one that is raised in a `__del__` is lost.
-        self.run.stop("interrupted")
+        self.run.interrupt(number)
         if is_first and self._is_training:
             return
         if number == signal.SIGTERM:

@@ -24,7 +24,7 @@ from jaxtrainer.distributed import ADDRESS, COUNT, INDEX
 from jaxtrainer.errors import ConfigError
 
 GRACE_S = 45.0
-"""How long the others have after one has failed: longer than the heartbeat, by which they see it."""
+"""How long the others have after one has failed; by the heartbeat they see it before."""
 
 KILL_S = 10.0
 _TAIL = 60

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.checkpoint import Checkpoint
 from jaxtrainer.callbacks.non_finite import NonFinite
@@ -19,7 +20,12 @@ from jaxtrainer.callbacks.profiler import Profiler
 from jaxtrainer.callbacks.progress_bar import ProgressBar
 from jaxtrainer.checkpoint import find_checkpoint
 from jaxtrainer.checks import is_overridden
-from jaxtrainer.errors import CheckpointNotFoundError, ConfigError, did_you_mean
+from jaxtrainer.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    did_you_mean,
+)
 from jaxtrainer.hooks import tunes
 from jaxtrainer.module import TrainModule
 from jaxtrainer.places import placed
@@ -96,6 +102,25 @@ def find_saved(
     """
     if ckpt_path is None:
         return None
+    found: Path | None = None
+    error: Exception | None = None
+    try:
+        found = _found(ckpt_path, callbacks, may_fall_back)
+    except (ConfigError, CheckpointError) as caught:
+        error = caught
+    told = distributed.gather(str(error or found), "checkpoint to start from")
+    if error is not None:
+        raise error
+    if {*told} != {str(found)}:
+        lines = "\n".join(f"  process {i}: {text}" for i, text in enumerate(told))
+        raise CheckpointError(
+            f"ckpt_path={ckpt_path!r} is not the same for all processes:\n{lines}\nA run "
+            "directory must be on a file system that all hosts share."
+        )
+    return found
+
+
+def _found(ckpt_path: Any, callbacks: Iterable[Callback], may_fall_back: bool) -> Path:
     if not isinstance(ckpt_path, str | os.PathLike):
         raise ConfigError(f"ckpt_path={ckpt_path!r}: pass 'last', 'best' or a directory.")
     if ckpt_path not in ("last", "best"):

@@ -119,7 +119,8 @@ def _entry(value: np.ndarray) -> dict[str, Any]:
 
 
 def _on_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    is_jax = isinstance(array, jax.Array)
+    if is_jax and not (array.is_fully_addressable or array.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
 

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxtrainer import distributed
 from jaxtrainer.checkpoint import find_checkpoint, read_arrays
 from jaxtrainer.checks import require
 from jaxtrainer.errors import CheckpointMismatchError, ConfigError
@@ -126,7 +127,7 @@ def load_params(
     new = {n: jnp.asarray(values[n], x.dtype) if n in values else x for n, x in here.items()}
     both = [nest({n: new[n] for n, _ in flat_items(tree)}) for tree in (params, model_state)]
     module.model = init.adapter.merge(*both, training=False)
-    if verbose:
+    if verbose and distributed.is_first():
         Console().print(report)
     return report
 

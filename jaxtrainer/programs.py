@@ -136,9 +136,7 @@ def spec_in_chunk(chunk: PyTree, mesh: Mesh, rows: int | None = None) -> PyTree:
     """
     shape = slice(1, None) if rows is None else slice(2, None)
     first = () if rows is None else (rows,)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((*first, *x.shape[shape]), x.dtype), chunk
-    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*first, *x.shape[shape]), x.dtype), chunk)
     return on_mesh(batch, mesh)
 
 

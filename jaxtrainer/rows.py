@@ -8,6 +8,8 @@ which the mesh says, and not its index: a mesh may have its devices in any order
 from __future__ import annotations
 
 import functools
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +39,14 @@ class Held(NamedTuple):
         # Most often the rows follow one another: a slice copies nothing.
         first, count = (int(self.rows[0]) if len(self.rows) else 0), len(self.rows)
         follow = count == 0 or int(self.rows[-1]) - first + 1 == count
-        part = array[first : first + count] if follow else array[self.rows]
+        return self.padded(array[first : first + count] if follow else array[self.rows])
+
+    def padded(self, part: Any) -> np.ndarray:
+        """Return a part `[rows, ...]` with its padding."""
+        array = np.asarray(part)
         if not self.padding:
-            return part
-        return np.concatenate([part, np.zeros((self.padding, *array.shape[1:]), array.dtype)])
+            return array
+        return np.concatenate([array, np.zeros((self.padding, *array.shape[1:]), array.dtype)])
 
     def of_indices(self, block: np.ndarray) -> np.ndarray:
         """Return the part of indices `[batches, batch]`, 0 where it is padding."""
@@ -105,6 +111,24 @@ def place_chunk(tree: PyTree, mesh: Mesh, rows: int) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def with_rows(spec: PyTree, rows: int) -> PyTree:
+    """Return the spec of a batch with another number of rows."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), spec)
+
+
+def digest_of(batch: PyTree) -> str:
+    """Return a digest of a batch's numbers."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(batch):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def first_rows(batches: Sequence[PyTree]) -> str:
+    """Return a digest of the first row of each batch, which costs little whatever their size."""
+    return digest_of([jax.tree.map(lambda a: np.asarray(a[:1]), batch) for batch in batches])
+
+
 def local_batch(chunk: jax.Array, index: int, num_held: int) -> Any:
     """Return one batch of a leaf `[capacity, padded, ...]`, as far as this process holds it.
 
@@ -118,6 +142,12 @@ def local_batch(chunk: jax.Array, index: int, num_held: int) -> Any:
         return batch if len(batch) == num_held else batch[:num_held]
     blocks = {s.index[1].indices(chunk.shape[1])[0]: s.data for s in chunk.addressable_shards}
     return np.concatenate([np.asarray(blocks[i][index]) for i in sorted(blocks)])[:num_held]
+
+
+def of_this_process(array: Any) -> Any:
+    """Return an array as one that needs no other process, if each device holds it whole."""
+    is_whole = isinstance(array, jax.Array) and array.is_fully_replicated
+    return on_this_process(array) if is_whole else array
 
 
 def on_this_process(array: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrainer.agreement import Agreement
 from jaxtrainer.metrics import host_scalar, is_private
 from jaxtrainer.types import Clock
 
@@ -174,6 +175,8 @@ class Run:
         restores: How often this call went back to a checkpoint.
         examine: Runs a batch that is not finite once more, see `replay.examine`; set where there
             is a guard in the step.
+        agreement: How several processes decide together; None where there is one.
+        signal: Number of the signal that has stopped the run, on whichever process; 0 for none.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -219,6 +222,8 @@ class Run:
     restores: int = 0
     processes: tuple[Any, ...] = ()
     examine: Callable[..., Any] | None = None
+    agreement: Agreement | None = None
+    signal: int = 0
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)
@@ -305,8 +310,40 @@ class Run:
         """Ask the loop to end at the next boundary.
 
         The first reason stands, but a limit or a signal takes the place of a callback's wish that
-        `min_steps` or `min_epochs` holds back.
+        `min_steps` or `min_epochs` holds back. Of several processes any may ask, and all stop after
+        the same step: where all ask at the same point there, and otherwise a few steps later.
         """
+        if self.agreement is None:
+            self._stop(reason)
+        else:
+            self.agreement.ask("stop", reason)
+
+    def interrupt(self, number: int) -> None:
+        """Ask the loop to end because of a signal."""
+        if self.agreement is None:
+            self.signal = number
+            self._stop("interrupted")
+        else:
+            self.agreement.ask("stop", "interrupted", number)
+
+    def settle(self) -> None:
+        """Do what the processes have agreed on for this point; nothing where there is one."""
+        if self.agreement is not None:
+            for wish in self.agreement.tick():
+                self.signal = wish.signal or self.signal
+                self._stop(wish.text)
+
+    def agree(self, name: str, wanted: bool) -> bool:
+        """Return whether all processes are to do something now that depends on a host's clock.
+
+        Args:
+            name: Of what is to be done. All processes ask for it at the same points, and do it at
+                one of the next of these after process 0 wanted it.
+            wanted: Whether it is due; in one process that is the answer.
+        """
+        return wanted if self.agreement is None else self.agreement.is_agreed(name, wanted)
+
+    def _stop(self, reason: str) -> None:
         if not self.stop_reason or (reason in _HARD_REASONS and not self.is_done):
             self.stop_reason = reason
         self.should_stop = True
@@ -342,12 +379,16 @@ class Run:
     def check_limits(self) -> None:
         """Stop if a limit is reached; called after every dispatch and epoch."""
         limits = self.limits
+        if self.agreement is not None:
+            self.settle()
         if limits.max_steps is not None and self.global_step >= limits.max_steps:
-            self.stop("max_steps")
+            self._stop("max_steps")
         elif limits.max_epochs is not None and self.epoch >= limits.max_epochs:
-            self.stop("max_epochs")
-        elif limits.max_time_s is not None and self.elapsed_s >= limits.max_time_s:
-            self.stop("max_time")
+            self._stop("max_epochs")
+        elif limits.max_time_s is not None and self.agree(
+            "max_time", self.elapsed_s >= limits.max_time_s
+        ):
+            self._stop("max_time")
 
     @property
     def is_done(self) -> bool:

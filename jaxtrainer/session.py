@@ -18,6 +18,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxtrainer import distributed
+from jaxtrainer.agreement import Agreement
+from jaxtrainer.alike import check_alike
 from jaxtrainer.averaging import average_spec, narrowed, overlaid
 from jaxtrainer.cache import COUNTS, use_compilation_cache
 from jaxtrainer.callback import HOOKS, Callback
@@ -37,6 +40,7 @@ from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.peers import peers_of
 from jaxtrainer.programs import Initializer
 from jaxtrainer.record import base_record
+from jaxtrainer.rows import of_this_process
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size, on_mesh, place, replicated
 from jaxtrainer.store import Snapshot
@@ -111,6 +115,8 @@ class Session:
         try:
             self.interrupts.__enter__()
             self.peers.start()
+            if self.run.stage == "fit" and distributed.is_initialized():
+                self.run.agreement = Agreement()
             thaw(self.module)
             self.module.run = self.run
             if self.loaders is not None:
@@ -135,6 +141,8 @@ class Session:
             with ExitStack() as cleanup:
                 cleanup.callback(self.peers.close, failure)
                 cleanup.callback(self.interrupts.__exit__, kind, error, trace)
+                if self.run.agreement is not None:
+                    cleanup.callback(self.run.agreement.close, is_clean=failure is None)
                 cleanup.callback(self.peers.teardown)
                 cleanup.callback(self._keep_model)
                 if failure is not None:
@@ -269,10 +277,15 @@ class Session:
         }
         return Snapshot(state=run.state, record=record)
 
-    def _open(
-        self, loader: Any, stage: Stage, *, keep_ragged: bool, name: str | None = None, **at: Any
-    ) -> Feed:
+    def _open(self, loader: Any, stage: Stage, *, name: str | None = None, **how: Any) -> Feed:
         label = stage if name is None else f"{stage} {name!r}"
+        make = functools.partial(self._feed_of, loader, stage, label, **how)
+        self._feeds.append(check_alike(label, make, self._patience.limit_s))
+        return self._feeds[-1]
+
+    def _feed_of(
+        self, loader: Any, stage: Stage, label: str, *, keep_ragged: bool, **at: Any
+    ) -> Feed:
         source, limit = self._overfitted(loader) if self.is_overfitting(stage) else (None, None)
         if source is None:
             source = open_source(loader, label)
@@ -281,19 +294,15 @@ class Session:
         if isinstance(source, MapSource) and source.num_batches is None:
             # Of an endless dataset each epoch takes the batches that follow those of the last.
             source.num_batches = limit
+        most = self.options.max_recompiles
         options = ReadOptions(
-            stage=label,
-            limit=limit,
-            keep_ragged=keep_ragged,
-            max_recompiles=self.options.max_recompiles,
+            stage=label, limit=limit, keep_ragged=keep_ragged, max_recompiles=most
         )
         if stage == "train":
             saved = (self.record or {}).get("data", {}).get("shapes", ())
             check_rows = functools.partial(check_batch_size, self.mesh)
             options = replace(options, shapes=saved, check_rows=check_rows)
-        feed = Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
-        self._feeds.append(feed)
-        return feed
+        return Feed(source, options, self.mesh, patience=self._patience, tell=self.run.notice, **at)
 
     def _overfitted(self, loader: Any) -> tuple[Source | IndexedSource, int | None]:
         """Return the training batches of `overfit_batches`, the same for every reader of them."""
@@ -375,6 +384,8 @@ class Session:
             return
         trained = state.params, state.model_state
         variables = narrowed(overlaid(state.averaged, *trained), trained)
+        # What is whole here can be used here, without the other processes.
+        variables = jax.tree.map(of_this_process, variables)
         self.module.model = self._init.adapter.merge(*variables, training=False)
         self.run.state = None
 

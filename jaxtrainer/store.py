@@ -6,8 +6,10 @@ May import levels 0 to 2, and `checkpoint`; Orbax is imported on first use.
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrainer.checkpoint import RECORD, Arrays, items_of, orbax, small_arrays
+from jaxtrainer import distributed
+from jaxtrainer.checkpoint import RECORD, Arrays, items_of, multiprocessing, orbax, small_arrays
 from jaxtrainer.errors import CheckpointError, RunDirError
+from jaxtrainer.lock import NAME as LOCK
 from jaxtrainer.lock import lock_of
 from jaxtrainer.manifest import ARRAYS, THREADS, manifest_of, seal
 from jaxtrainer.places import place
@@ -37,6 +41,7 @@ from jaxtrainer.rundir import (
 )
 from jaxtrainer.state import TrainState, nest, size_of
 
+_SEEN_S = 10.0
 HOST_COPY_BYTES = 1 << 30
 """Size up to which a state is copied to the host before it is written."""
 
@@ -54,6 +59,9 @@ class CheckpointStore:
 
     A save copies the arrays to the host and returns; a thread of the store writes them. What is
     too large for a second copy, or not all on this process, Orbax copies and writes itself.
+
+    Of several processes each calls every method but `has_failed`, and what goes wrong on one of
+    them is raised on all. Process 0 writes alone, but for arrays of which it has a part only.
 
     Args:
         directory: Where; made if missing.
@@ -83,13 +91,16 @@ class CheckpointStore:
         self._savers: dict[str, Any] = {}
         self._write: Future[None] | None = None
         self._lock = lock_of(self.directory)
+        _on_first(lambda: self._open(resumed_step, damaged_steps))
+        _check_shared(self.directory)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxtrainer-checkpoint")
+
+    def _open(self, resumed_step: int | None, damaged_steps: Sequence[int]) -> None:
         _refuse_other_run(self.directory, resumed_step, damaged_steps)
         probe(self.directory)
-        if _is_first():
-            self._lock.acquire()
-            self.notes.extend(clean(self.directory))
-            self.notes.extend(set_aside(self.directory, damaged_steps))
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="jaxtrainer-checkpoint")
+        self._lock.acquire()
+        self.notes.extend(clean(self.directory))
+        self.notes.extend(set_aside(self.directory, damaged_steps))
 
     def save(self, step: int, snapshot: Snapshot, replaces: Sequence[int] = ()) -> None:
         """Start saving a step; once it is on disk, the steps that it replaces are deleted.
@@ -103,6 +114,10 @@ class CheckpointStore:
         self._lock.check()
         items = items_of(snapshot.state)
         record = encode({**snapshot.record, "device": small_arrays(snapshot.state)})
+        if _fits_host(items) and not _is_first():
+            self._write = Future()
+            self._write.set_result(None)
+            return
         if _fits_host(items):
             job = partial(self._save_twice, step, _on_host(items), record, replaces)
         else:
@@ -110,16 +125,17 @@ class CheckpointStore:
             job = partial(self._end_large, step, replaces)
         self._write = self._writer.submit(job)
 
-    def poll(self) -> None:
-        """Raise what went wrong with a save that has ended."""
-        if self._write is not None and self._write.done():
-            self.wait()
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has ended here that `wait` raises an error for."""
+        write = self._write
+        return write is not None and write.done() and write.exception() is not None
 
     def wait(self) -> None:
         """Wait until what was saved is on disk, and raise what went wrong with it."""
         if self._write is not None:
             write, self._write = self._write, None
-            write.result()
+            _on_all(write.result)
 
     def close(self) -> None:
         """Wait and release the directory."""
@@ -171,7 +187,10 @@ class CheckpointStore:
     def _saver(self, kind: str) -> Any:
         if kind not in self._savers:
             ocp = orbax()
-            self._savers[kind] = getattr(ocp, kind)(ocp.CompositeCheckpointHandler())
+            options = multiprocessing(is_alone=kind == "Checkpointer")
+            composite = ocp.CompositeOptions(multiprocessing_options=options)
+            handler = ocp.CompositeCheckpointHandler(composite_options=composite)
+            self._savers[kind] = getattr(ocp, kind)(handler, multiprocessing_options=options)
         return self._savers[kind]
 
     def _start(self, saver: Any, step: int, items: Arrays, record: Any) -> None:
@@ -226,8 +245,61 @@ def _refuse_other_run(directory: Path, resumed_step: int | None, damaged: Sequen
 
 def _fits_host(items: Arrays) -> bool:
     return size_of(items)[1] <= HOST_COPY_BYTES and all(
-        x.is_fully_addressable for x in jax.tree.leaves(items)
+        x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(items)
     )
+
+
+def _on_first(act: Callable[[], None]) -> None:
+    """Do something on process 0; what goes wrong with it is raised on all processes."""
+    error: CheckpointError | None = None
+    try:
+        if _is_first():
+            act()
+    except CheckpointError as caught:
+        error = caught
+    _raise_told(distributed.broadcast(_said(error), "checkpoint"), error)
+
+
+def _on_all(act: Callable[[], Any]) -> None:
+    """Do something on all processes; what goes wrong with it on one is raised on all."""
+    if sys.exc_info()[0] is not None:
+        # The call is failing already, and the others may not come here.
+        act()
+        return
+    error: CheckpointError | None = None
+    try:
+        act()
+    except CheckpointError as caught:
+        error = caught
+    told = distributed.gather(_said(error), "checkpoint")
+    _raise_told(next((each for each in told if each), None), error)
+
+
+def _raise_told(told: Sequence[str] | None, own: CheckpointError | None) -> None:
+    if own is not None:
+        raise own
+    if told is not None:
+        kind, text = told
+        raise (RunDirError if kind == RunDirError.__name__ else CheckpointError)(text)
+
+
+def _said(error: CheckpointError | None) -> Sequence[str] | None:
+    return None if error is None else [type(error).__name__, str(error)]
+
+
+def _check_shared(directory: Path) -> None:
+    """Raise RunDirError if a process does not see what process 0 has written."""
+    ends = time.monotonic() + _SEEN_S
+    path = directory / LOCK
+    # A network file system may take a while to show it.
+    while not (is_seen := path.exists()) and time.monotonic() < ends:
+        time.sleep(0.1)
+    blind = [i for i, sees in enumerate(distributed.gather(is_seen, "run directory")) if not sees]
+    if blind and distributed.count() > 1:
+        raise RunDirError(
+            f"process {', '.join(map(str, blind))} does not see what process 0 writes in "
+            f"{directory}: pass `Checkpoint` a directory on a file system that all hosts share."
+        )
 
 
 def _on_host(items: Arrays) -> Arrays:

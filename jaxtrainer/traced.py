@@ -38,7 +38,7 @@ from jaxtrainer.programs import (
     specs_of_chunk,
 )
 from jaxtrainer.session import Session
-from jaxtrainer.sharding import on_mesh, replicated
+from jaxtrainer.sharding import on_mesh, place, replicated
 from jaxtrainer.state import flat_items
 from jaxtrainer.step import StepOptions, build_train_step
 from jaxtrainer.types import PyTree
@@ -85,7 +85,10 @@ class TracedStep:
         averaging = session.hooks.averaging(session.run)
         starts = any(o.start_epoch for o in optimizer.optimizers.values())
         self.counts_epochs = starts or averaging is not None
-        make_state, self.init_arguments = init.state_fn(optimizer, averaging, guard)
+        make_state, (seed, given) = init.state_fn(optimizer, averaging, guard)
+        if given is not None and jax.process_count() > 1:
+            given = place(given, replicated(session.mesh))
+        self.init_arguments = seed, given
         shapes = jax.eval_shape(make_state, *self.init_arguments)
         without_totals = on_mesh(shapes, session.mesh)
         self.init = jax.jit(make_state, out_shardings=shardings(without_totals))

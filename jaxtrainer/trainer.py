@@ -21,6 +21,7 @@ from jaxtrainer.callback import Callback
 from jaxtrainer.callbacks.prediction_writer import PredictionWriter
 from jaxtrainer.checks import require
 from jaxtrainer.datamodule import DataModule, Loaders
+from jaxtrainer.distributed import initialize_if_needed, is_first
 from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
 from jaxtrainer.evaluation import eval_plan, predictions_of, streamed
@@ -156,6 +157,7 @@ class Trainer:
         if deterministic and steps_per_dispatch == "auto":
             steps_per_dispatch = 1
         refuse_url("default_root_dir", default_root_dir)
+        initialize_if_needed()
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,
@@ -303,7 +305,8 @@ class Trainer:
             if earlier.stop_reason != "restore" or session.interrupts.received is not None:
                 break
         if session.interrupts.received == signal.SIGTERM:
-            session.interrupts.say_farewell()
+            if is_first():
+                session.interrupts.say_farewell()
             raise SystemExit(128 + signal.SIGTERM)
         return FitResult.of(session.run)
 
@@ -539,7 +542,7 @@ class Trainer:
             if session.run.stop_reason != "interrupted":
                 metrics = {**metrics, **session.run.metrics}
         metrics = {k: v for k, v in metrics.items() if not is_private(k)}
-        if verbose:
+        if verbose and is_first():
             Console().print(metrics_table(stage, metrics))
         return metrics
 

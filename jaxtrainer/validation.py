@@ -110,7 +110,7 @@ class TimeSchedule(Schedule):
         run.validated_at_s += run.timings.elapsed_s
 
     def _is_time(self, run: Run, is_last: bool) -> bool:
-        return run.elapsed_s - run.validated_at_s >= self._period_s
+        return run.agree("validate", run.elapsed_s - run.validated_at_s >= self._period_s)
 
 
 def _steps(run: Run) -> int:

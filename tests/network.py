@@ -67,13 +67,12 @@ class Hosts:
 
     def start(self, *program: str, **env: str) -> list[subprocess.Popen[str]]:
         """Start a program on each host, as the launcher would; stderr is kept."""
-        started = []
+        started, python = [], [sys.executable, "-m", "jaxtrainer.launched", "-m"]
         for index, name in enumerate(self.names):
             enter = ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c"]
             own = {ADDRESS: f"{ADDRESSES[0]}:12399", COUNT: "2", INDEX: str(index)}
             process = subprocess.Popen(
-                [*enter, f'hostname {name}; exec "$@"', "sh", sys.executable, "-m"]
-                + ["jaxtrainer.launched", "-m", *program],
+                [*enter, f'hostname {name}; exec "$@"', "sh", *python, *program],
                 env={**env, **own},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -209,9 +209,12 @@ class Where(Callback):
         self.places: list[Place] = []
 
     def on_train_batch_end(self, run: Run, outputs: Any, batch: Any, batch_idx: int) -> None:
-        ask = threading.Thread(target=self.note, args=(threading.get_ident(),))
-        ask.start()
-        ask.join()
+        self.ask()
+
+    def ask(self) -> None:
+        other = threading.Thread(target=self.note, args=(threading.get_ident(),))
+        other.start()
+        other.join()
 
     def note(self, ident: int) -> None:
         self.places.append(place_of(ident))
@@ -228,15 +231,12 @@ def test_place_of_the_trainer_is_seen_from_another_thread():
                 where.note(main)
             yield batch
 
-    tiny.fit(
-        slow(),
-        module=tiny.Tiny(make=tiny.line),
-        callbacks=[where],
-        max_epochs=1,
-        steps_per_dispatch=1,
-    )
+    options = {"max_epochs": 1, "steps_per_dispatch": 1}
+    tiny.fit(slow(), module=tiny.Tiny(make=tiny.line), callbacks=[where], **options)
     assert {str(place) for place in where.places} == {"hook Where.on_train_batch_end", "data"}
-    assert place_of(main) == Place("outside")
+    where.places.clear()
+    where.ask()
+    assert where.places == [Place("outside")]
 
 
 ABORTS = """

@@ -137,7 +137,7 @@ def test_network_may_be_away_for_less_than_the_heartbeat(cut_s: float, tmp_path:
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "HOME": str(tmp_path)}
     with network.Hosts() as hosts:
-        processes = hosts.start(PROGRAM, "train", "40", **env)
+        processes = hosts.start(PROGRAM, "train", "12", **env)
         for process in processes:
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.checkpoint import find_checkpoint, last_whole, read_record
 from jaxtrainer.duration import Duration, parse_duration
@@ -218,8 +219,10 @@ class Checkpoint(Callback):
 
     def on_save_point(self, run: Run) -> None:
         """Save if a trigger says so, or the run is being interrupted."""
-        if self._store is not None:
-            self._settle(run, self._store.poll)
+        store = self._store
+        # Of a save that fails only the process that has written it knows.
+        if store is not None and run.agree(f"{self.state_key} failed", store.has_failed):
+            self._settle(run, store.wait)
         if run.stop_reason == "interrupted" or self._is_due(run):
             self._save(run)
 
@@ -249,7 +252,7 @@ class Checkpoint(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the scores of the checkpoints that are still there."""
-        there = saved_steps(place(self.dirpath))
+        there = distributed.broadcast(saved_steps(place(self.dirpath)), self.state_key)
         self.scores = {int(k): v for k, v in state["scores"].items() if int(k) in there}
         self.last_step = state["last_step"] if state["last_step"] in there else None
 
@@ -262,7 +265,8 @@ class Checkpoint(Callback):
             return run.is_epoch_end and (run.epoch + 1) % self.every_n_epochs == 0
         if self.every_n_train_steps is not None:
             return run.global_step >= self._due_step
-        return run.clock() - self._saved_at_s >= (self.interval_s or 0.0)
+        passed_s = run.clock() - self._saved_at_s
+        return run.agree(self.state_key, passed_s >= (self.interval_s or 0.0))
 
     def _save(self, run: Run) -> None:
         step = run.global_step
@@ -337,7 +341,8 @@ class Checkpoint(Callback):
                 f"Checkpoint monitors {self.monitor!r}, which is not logged yet (but {logged}); "
                 "saved without a value"
             )
-        return run.metrics.get(self.monitor)
+        # A series that a hook logs may differ between hosts, and what is kept may not.
+        return distributed.broadcast(run.metrics.get(self.monitor), self.state_key)
 
     def _rank(self, step: int) -> tuple[float, int]:
         """Return a key that is smaller for a better checkpoint."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, RunDirError, checks_options
 from jaxtrainer.guard import unfit
@@ -67,7 +68,9 @@ class OnExceptionCheckpoint(Callback):
         if run.capture is None or not run.total_batches or self.path is not None:
             return
         try:
-            if not _is_whole(run):
+            if distributed.count() > 1:
+                note = "no checkpoint: only this process knows of the exception"
+            elif not _is_whole(run):
                 note = "no checkpoint: the exception came while a step was changing the state"
             elif why := unfit(run.state):
                 note = f"no checkpoint: {why}"

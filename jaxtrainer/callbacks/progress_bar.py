@@ -11,6 +11,7 @@ from typing import final
 import rich
 from rich.console import Console
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.display.frames import Bar, Frame, Status
 from jaxtrainer.display.live import Display, LiveDisplay, PlainDisplay, can_draw_in_place
@@ -87,6 +88,8 @@ class ProgressBar(Callback):
 
     def _open(self, run: Run) -> Display:
         console = rich.get_console() if self.console is None else self.console
+        if not distributed.is_first():
+            console = Console(quiet=True)
         tick_s = 1 / self.refresh_per_second if self.refresh_per_second else 0.0
         if can_draw_in_place(console):
             return LiveDisplay(

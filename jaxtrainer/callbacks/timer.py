@@ -13,6 +13,7 @@ import rich
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from jaxtrainer import distributed
 from jaxtrainer.callback import Callback
 from jaxtrainer.display.report import phase_table
 from jaxtrainer.display.text import format_seconds
@@ -208,11 +209,12 @@ class Timer(Callback):
         """Take the run's timings, and print the report."""
         self._total_s = run.timings.elapsed_s
         self._phases_s = named_phases(run.timings.seconds)
-        if self.verbose:
+        if self.verbose and distributed.is_first():
             (rich.get_console() if self.console is None else self.console).print(self)
 
     def _check(self, run: Run) -> None:
-        if self.time_remaining() == 0.0 and not run.should_stop:
+        is_over = self.time_remaining() == 0.0 and not run.should_stop
+        if run.agree(self.state_key, is_over):
             limit = format_seconds(self.duration_s or 0.0)
             run.notice(f"Timer: the training time of {limit} is used up.")
             run.stop("max_time")

@@ -151,6 +151,7 @@ class _Pass:
             for chunk in feed.start(loader.step.capacity):
                 totals = self._run_chunk(loader, feed, chunk, totals, done)
                 done += chunk.size
+                self.run.settle()
                 if self.run.stop_reason == "interrupted":
                     break
         finally:

@@ -78,6 +78,7 @@ def fit(run: Run, plan: FitPlan) -> None:
         _validate_at_end(run, plan, is_whole)
         if run.total_batches:
             hooks.on_save_point(run)
+            run.settle()
         _validate_at_end(run, plan, is_whole)
         if is_whole:
             run.next_epoch()
@@ -125,6 +126,7 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
                 _validate(run, plan)
             if not is_last:
                 hooks.on_save_point(run)
+                run.settle()
             if run.is_done and not is_last:
                 return False
         if chunk.is_last:
@@ -144,6 +146,7 @@ def _validate(run: Run, plan: FitPlan) -> None:
     if plan.validate is not None and run.stop_reason not in _CUT_SHORT:
         plan.validate(run)
         run.stage = "train"
+        run.settle()
 
 
 def _make_up_validation(run: Run, plan: FitPlan) -> None:
@@ -209,4 +212,5 @@ def _end_epoch(run: Run, plan: FitPlan) -> None:
         run.record_arrays(plan.totals.arrays(totals))
         run.record("epoch", plan.totals.compute(totals))
     plan.hooks.on_train_epoch_end(run)
+    run.settle()
     plan.refuse_stale()
