@@ -32,6 +32,7 @@ TIMEOUT_S = 300.0
 
 _CALL = '`jaxtrainer.distributed.initialize("host:port", num_processes=4, process_id=0)`'
 _counts: dict[str, itertools.count[int]] = {}
+_heartbeat_s = 100.0  # JAX's own, where somebody else has called `jax.distributed.initialize`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def initialize(
             "the first array is made, e.g. as the first line of the program, or start that with "
             "`jaxtrainer launch`."
         )
+    global _heartbeat_s
+    _heartbeat_s = heartbeat_timeout_s
     # Its handler of SIGTERM is one below Python's, which the trainer's would take the place of.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -164,6 +167,11 @@ def index() -> int:
 def count() -> int:
     """Return how many processes there are; no device is touched."""
     return _runtime.global_state.num_processes if is_initialized() else 1
+
+
+def heartbeat_s() -> float:
+    """Return after how long without a sign of life a process counts as dead."""
+    return _heartbeat_s
 
 
 def detect() -> Cluster | None:

@@ -46,6 +46,7 @@ class Options:
     max_recompiles: int
     cache_dir: Path | None
     data_timeout_s: float | None
+    peer_timeout_s: float | None
     clock: Clock
 
     def __post_init__(self) -> None:

@@ -172,6 +172,8 @@ class Run:
         state_bytes: Bytes that a checkpoint holds; 0 before the training step is traced.
         make_plan: Makes `plan`; set when the training step is compiled.
         left_out: Indices in the run of the batches that are to change nothing.
+        processes: What a batch costs each process, over the last report interval; on process 0,
+            and only where there are several.
         restores: How often this call went back to a checkpoint.
         examine: Runs a batch that is not finite once more, see `replay.examine`; set where there
             is a guard in the step.
@@ -221,6 +223,7 @@ class Run:
     make_plan: Callable[[], Any] | None = None
     left_out: set[int] = field(default_factory=set)
     restores: int = 0
+    processes: tuple[Any, ...] = ()
     examine: Callable[..., Any] | None = None
     agreement: Agreement | None = None
     signal: int = 0

@@ -40,6 +40,7 @@ from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.partition import build_layout
+from jaxtrainer.peers import peers_of
 from jaxtrainer.programs import Initializer, shardings
 from jaxtrainer.record import base_record
 from jaxtrainer.rows import of_this_process
@@ -99,6 +100,8 @@ class Session:
         self.mesh = build_mesh(options.mesh)
         self.record = read_record(path) if path is not None else None
         self.interrupts = Interrupts(self.run)
+        teardown = functools.partial(self.hooks.teardown, self.run)
+        self.peers = peers_of(self.run, teardown, options.peer_timeout_s, options.log_every_n_steps)
         self._patience = Patience(
             options.data_timeout_s, lambda: self.run.stop_reason == "interrupted"
         )
@@ -116,6 +119,7 @@ class Session:
     def __enter__(self) -> Session:
         try:
             self.interrupts.__enter__()
+            self.peers.start()
             if self.run.stage == "fit" and distributed.is_initialized():
                 self.run.agreement = Agreement()
             thaw(self.module)
@@ -137,12 +141,14 @@ class Session:
     ) -> None:
         failure = None if isinstance(error, GeneratorExit) else error
         try:
+            self.peers.fail(failure)
             # Last in, first out; each runs also when the one before it fails.
             with ExitStack() as cleanup:
+                cleanup.callback(self.peers.close, failure)
                 cleanup.callback(self.interrupts.__exit__, kind, error, trace)
                 if self.run.agreement is not None:
                     cleanup.callback(self.run.agreement.close, is_clean=failure is None)
-                cleanup.callback(self.hooks.teardown, self.run)
+                cleanup.callback(self.peers.teardown)
                 cleanup.callback(self._keep_model)
                 if failure is not None:
                     cleanup.callback(self._tell, failure)

@@ -123,6 +123,9 @@ class Trainer:
         default_root_dir: Directory that relative run directories of callbacks are in.
         data_timeout: A loader that yields no batch for this long is stuck: the call ends with an
             error that says where, and its worker processes are killed. None waits for ever.
+        peer_timeout: A process that keeps the others waiting for this long, in a hook, a save or on
+            its devices, is stuck: all leave with code 75 and a line that names it. From the first
+            step on, and not while something is compiled. None waits for ever.
         clock: Seconds that never go back, `time.monotonic` if None; for tests.
 
     Raises:
@@ -172,6 +175,7 @@ class Trainer:
         compilation_cache: str | os.PathLike[str] | bool | None = None,
         default_root_dir: str | os.PathLike[str] | None = None,
         data_timeout: Duration | None = 600.0,
+        peer_timeout: Duration | None = 1800.0,
         clock: Clock | None = None,
     ) -> None:
         dev_batches = check_count(
@@ -230,6 +234,7 @@ class Trainer:
             max_recompiles=max_recompiles,
             cache_dir=_cache_dir(compilation_cache),
             data_timeout_s=None if data_timeout is None else parse_duration(data_timeout),
+            peer_timeout_s=None if peer_timeout is None else parse_duration(peer_timeout),
             clock=clock or time.monotonic,
         )
 

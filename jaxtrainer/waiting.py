@@ -144,14 +144,14 @@ def stacks_of(thread: threading.Thread) -> str:
 
 def _leave_with_main() -> None:
     # The interpreter waits for threads that are no daemons, as those of an executor.
-    while not _is_ending():
+    while not is_ending():
         time.sleep(_POLL_S)
     time.sleep(_EXIT_S)
     tell("threads of a stuck loader keep the process alive; it is left as it is")
     leave_process(EXIT_STUCK)
 
 
-def _is_ending() -> bool:
+def is_ending() -> bool:
     """Return whether the main thread has nothing to do any more but wait for others."""
     main = threading.main_thread()
     frame = sys._current_frames().get(main.ident or 0)

@@ -110,8 +110,8 @@ def _train_epoch(run: Run, plan: FitPlan, chunks: Iterator[Chunk]) -> bool:
                 control, steps = controls.single(run, chunk, start)
             began = run.clock()
             run.state, rows = step(run.state, plan.resident, chunk.tree, control)
-            run.timings.seconds["dispatch"] += run.clock() - began
             feed.dispatched(rows)
+            run.timings.seconds["dispatch"] += run.clock() - began
             first_row = start if plan.fused else 0
             run.loader_state = chunk.states[start + count - 1]
             run.advance(count, steps[-1] - run.global_step)
