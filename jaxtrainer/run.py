@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrainer.emitter import Emitter
 from jaxtrainer.metrics import host_scalar, is_private
+from jaxtrainer.records import Record
 from jaxtrainer.types import Clock
 
 _HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted", "restore")
@@ -139,7 +141,7 @@ class Timings:
 
 
 @dataclass(kw_only=True)
-class Run:
+class Run(Emitter):
     """What has happened so far, as callbacks and module hooks see it.
 
     Attributes:
@@ -170,6 +172,8 @@ class Run:
         make_plan: Makes `plan`; set when the training step is compiled.
         left_out: Indices in the run of the batches that are to change nothing.
         restores: How often this call went back to a checkpoint.
+        forked: Series that have values of steps and exact means.
+        emit: Hands a record to the loggers; None where there are none.
         examine: Runs a batch that is not finite once more, see `replay.examine`; set where there
             is a guard in the step.
     """
@@ -216,9 +220,12 @@ class Run:
     left_out: set[int] = field(default_factory=set)
     restores: int = 0
     examine: Callable[..., Any] | None = None
+    forked: set[str] = field(default_factory=set)
+    emit: Callable[[Record], None] | None = None
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)
+        self._seen: dict[int, int] = {}
         self._plan: Any = None
 
     @property
@@ -314,10 +321,16 @@ class Run:
         if prog_bar and name in self.metrics:
             self.prog_bar.add(name)
 
-    def record(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def record(
+        self,
+        kind: str,
+        metrics: Mapping[str, float],
+        step: int | None = None,
+        samples: int | None = None,
+    ) -> None:
         """Take reported values into `metrics` and `history`; names with `_` first are private.
 
-        Nothing is kept of a sanity check.
+        Nothing is kept of a sanity check. `samples` are those trained on at the step.
         """
         if self.stage == "sanity":
             return
@@ -325,6 +338,7 @@ class Run:
         public = {k: v for k, v in metrics.items() if not is_private(k)}
         at = self.global_step if step is None else step
         self.history.add(kind, public, step=at, epoch=self.epoch)
+        self.hand_scalars(kind, public, at, samples)
 
     def record_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take the epoch's values of private series that are arrays into `arrays`."""
