@@ -111,7 +111,7 @@ class WandbLogger(Logger):
         """End the run."""
         run, self._run = self._run, None
         if run is not None:
-            run.finish(quiet=True)
+            run.finish()
 
 
 def _row(axes: Axes) -> dict[str, float]:
