@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow test-stores check format bench build clean
+.PHONY: help mnist test test-slow test-stores test-loggers check format bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -31,11 +31,15 @@ test: $(STAMP) ## run the quick tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not stores' $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not stores and not loggers' $(ARGS)
 
 test-stores: $(STAMP) ## run the tests of checkpoints in gs:// and s3://, with servers of their own
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group stores
 	$(BIN)/python -m pytest -n 2 -m stores $(ARGS)
+
+test-loggers: $(STAMP) ## run the tests of TensorBoard, Weights & Biases and MLflow, without a network
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group loggers
+	$(BIN)/python -m pytest -n 2 -m loggers $(ARGS)
 
 check: $(STAMP) ## lint, check format and types
 	$(BIN)/ruff check .
@@ -47,7 +51,7 @@ format: $(STAMP) ## format, sort imports, apply safe fixes
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## time the trainer against loops by hand (short form, under 10 minutes)
-	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks saving trust; do \
+	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks loggers saving trust; do \
 		PYTHONPATH=. $(BIN)/python benchmarks/$$script.py --short $(ARGS); \
 	done
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrainer import callbacks, data, errors, testing
+    from jaxtrainer import callbacks, data, errors, loggers, testing
     from jaxtrainer.callback import Callback
     from jaxtrainer.callbacks.prediction_writer import read_predictions
     from jaxtrainer.datamodule import DataModule
@@ -42,6 +42,7 @@ __all__ = [
     "data",
     "errors",
     "load_params",
+    "loggers",
     "plot",
     "read_predictions",
     "report",
@@ -66,7 +67,7 @@ _HOMES = {
     "read_predictions": "callbacks.prediction_writer",
     "report": "page",
 }
-_MODULES = ("callbacks", "data", "errors", "testing")
+_MODULES = ("callbacks", "data", "errors", "loggers", "testing")
 
 
 def __getattr__(name: str) -> Any:

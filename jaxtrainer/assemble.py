@@ -69,6 +69,7 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals
     run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}
+    run.forked |= {s.name for s in step.program.specs if s.on_step and s.on_epoch}
     check_first_batch(session, "train", feed, step.program)
     if options.overfit is not None and val_loader is not None:
         names = loaders_by_name(val_loader, "validate")

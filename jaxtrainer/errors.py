@@ -72,6 +72,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint that was not saved, or was passed over because it is damaged."""
 
 
+class LoggerWarning(UserWarning):
+    """A logger that fails, while training goes on."""
+
+
 class RunDirError(CheckpointError, FileExistsError):
     """A run directory that cannot be written, or belongs to another run."""
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from jaxtrainer.agreement import Agreement
+from jaxtrainer.emitter import Emitter
 from jaxtrainer.metrics import host_scalar, is_private
+from jaxtrainer.records import Record
 from jaxtrainer.types import Clock
 
 _HARD_REASONS = ("max_steps", "max_epochs", "max_time", "interrupted", "restore")
@@ -140,7 +142,7 @@ class Timings:
 
 
 @dataclass(kw_only=True)
-class Run:
+class Run(Emitter):
     """What has happened so far, as callbacks and module hooks see it.
 
     Attributes:
@@ -175,6 +177,8 @@ class Run:
         processes: What a batch costs each process, over the last report interval; on process 0,
             and only where there are several.
         restores: How often this call went back to a checkpoint.
+        forked: Series that have values of steps and exact means.
+        emit: Hands a record to the loggers; None where there are none.
         examine: Runs a batch that is not finite once more, see `replay.examine`; set where there
             is a guard in the step.
         agreement: How several processes decide together; None where there is one.
@@ -227,9 +231,12 @@ class Run:
     examine: Callable[..., Any] | None = None
     agreement: Agreement | None = None
     signal: int = 0
+    forked: set[str] = field(default_factory=set)
+    emit: Callable[[Record], None] | None = None
 
     def __post_init__(self) -> None:
         self.timings = Timings(self.clock)
+        self._seen: dict[int, int] = {}
         self._plan: Any = None
 
     @property
@@ -357,10 +364,16 @@ class Run:
         if prog_bar and name in self.metrics:
             self.prog_bar.add(name)
 
-    def record(self, kind: str, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def record(
+        self,
+        kind: str,
+        metrics: Mapping[str, float],
+        step: int | None = None,
+        samples: int | None = None,
+    ) -> None:
         """Take reported values into `metrics` and `history`; names with `_` first are private.
 
-        Nothing is kept of a sanity check.
+        Nothing is kept of a sanity check. `samples` are those trained on at the step.
         """
         if self.stage == "sanity":
             return
@@ -368,6 +381,7 @@ class Run:
         public = {k: v for k, v in metrics.items() if not is_private(k)}
         at = self.global_step if step is None else step
         self.history.add(kind, public, step=at, epoch=self.epoch)
+        self.hand_scalars(kind, public, at, samples)
 
     def record_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take the epoch's values of private series that are arrays into `arrays`."""

@@ -28,7 +28,10 @@ from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
 from jaxtrainer.evaluation import eval_plan, predictions_of, streamed
 from jaxtrainer.every import Every, as_interval
+from jaxtrainer.hyperparameters import plain
 from jaxtrainer.lineup import Lineup, find_saved
+from jaxtrainer.loggers.logger import Logger
+from jaxtrainer.loggers.together import Loggers
 from jaxtrainer.loops.evaluate import evaluate
 from jaxtrainer.loops.fit import fit
 from jaxtrainer.metrics import is_private
@@ -62,6 +65,8 @@ class Trainer:
         min_steps: Nor before this many optimiser updates.
         seed: Seed of parameters, dropout and step keys.
         callbacks: A callback or several, called in this order.
+        logger: A logger or several, `CSVLogger("runs/x")`. None or False for none, the default:
+            nothing is written unless asked for.
         log_every_n_steps: Report step values every this many batches.
         val_check_interval: Validate after every this many batches of an epoch (int), each such
             fraction of it (float), or with a unit of its own: `Every(steps=500)`. A span of time
@@ -120,7 +125,7 @@ class Trainer:
         enable_progress_bar: Show a `ProgressBar`, unless `callbacks` has one.
         compilation_cache: Directory of the cache of compiled programs; None for the default one
             in the user's cache directory, False for none.
-        default_root_dir: Directory that relative run directories of callbacks are in.
+        default_root_dir: Directory that relative directories of callbacks and loggers are in.
         data_timeout: A loader that yields no batch for this long is stuck: the call ends with an
             error that says where, and its worker processes are killed. None waits for ever.
         peer_timeout: A process that keeps the others waiting for this long, in a hook, a save or on
@@ -149,6 +154,7 @@ class Trainer:
         min_steps: int = 0,
         seed: int = 0,
         callbacks: Callback | Iterable[Callback] = (),
+        logger: Logger | Iterable[Logger] | bool | None = None,
         log_every_n_steps: int = 50,
         val_check_interval: int | float | Every | Duration | None = None,
         check_val_every_n_epoch: int = 1,
@@ -178,6 +184,7 @@ class Trainer:
         peer_timeout: Duration | None = 1800.0,
         clock: Clock | None = None,
     ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "logger", "clock")}
         dev_batches = check_count(
             "fast_dev_run", int(fast_dev_run) if isinstance(fast_dev_run, bool) else fast_dev_run, 0
         )
@@ -192,13 +199,15 @@ class Trainer:
         refuse_url("default_root_dir", default_root_dir)
         initialize_if_needed()
         chosen = parse_precision(precision)
+        root = Path(default_root_dir or ".")
         self._lineup = Lineup(
             callbacks,
             with_bar=enable_progress_bar,
             with_guard=chosen.loss_scale is not None,
             saves=not dev_batches,
-            root=Path(default_root_dir or "."),
+            root=root,
         )
+        self._loggers = Loggers(logger, root, plain(given), writes=not dev_batches)
         self.options = Options(
             limits=Limits(
                 max_epochs=None if max_epochs == -1 else max_epochs,
@@ -242,6 +251,11 @@ class Trainer:
     def callbacks(self) -> list[Callback]:
         """Return the callbacks, in the order in which they are called."""
         return self._lineup.callbacks
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """Return the loggers."""
+        return self._loggers.loggers
 
     def fit(
         self,
@@ -608,7 +622,10 @@ class Trainer:
     ) -> Session:
         callbacks = self._lineup.for_module(module)
         path = find_saved(ckpt_path, callbacks, may_fall_back=call == "fit")
-        return Session(self.options, callbacks, module, call, path, loaders)
+        callbacks += self._loggers.of_call(call)
+        session = Session(self.options, callbacks, module, call, path, loaders)
+        self._loggers.begin(session.run, module, session.record)
+        return session
 
     def _evaluate(
         self,

@@ -6,6 +6,10 @@ Imports nothing of the package.
 from __future__ import annotations
 
 _TRANSFORM = "write it into an Optax transform in `configure_optimizers`"
+_LOGGER = (
+    "`self.log` reaches the loggers; in a hook on the host there are `run.log_image`, "
+    "`run.log_histogram` and `run.log_text` too."
+)
 _MODES = "a step gets the model in the mode it needs, and nothing is switched"
 
 IN_THE_STEP = {
@@ -48,8 +52,8 @@ OF_THE_MODULE = {
     "trainer": "`self.run` has the counters, limits and metrics of the run.",
     "current_epoch": "Write `self.run.epoch`.",
     "global_step": "Write `self.run.global_step`.",
-    "logger": "What `self.log` records is in `run.history` and reaches `on_report`.",
-    "loggers": "What `self.log` records is in `run.history` and reaches `on_report`.",
+    "logger": _LOGGER,
+    "loggers": _LOGGER,
     "hparams": "Hyper-parameters are plain attributes: `self.learning_rate = learning_rate`.",
     "save_hyperparameters": "Assign them: `self.learning_rate = learning_rate`. A checkpoint never "
     "calls a constructor, so that none is saved.",
@@ -82,8 +86,6 @@ OF_THE_TRAINER = {
     "strategy": "Write `sharding='ddp'`, which is the default, or `sharding='fsdp'`; for tensor "
     "parallelism `mesh={'data': 2, 'model': 4}` with rules, `sharding={'*/up/kernel': "
     "jax.P(None, 'model')}`.",
-    "logger": "Values are in `result.history`; a callback gets them in `on_report` and at epoch "
-    "ends.",
     "enable_checkpointing": "Checkpoints are made by a `Checkpoint` in `callbacks`, if any.",
     "enable_model_summary": "Pass `callbacks=[ModelSummary()]`.",
     "enable_autolog_hparams": "Hyper-parameters are the module's attributes; nothing is logged.",

@@ -15,7 +15,16 @@ import optax
 import pytest
 
 import jaxtrainer
-from jaxtrainer import Callback, DataModule, FitResult, Run, Trainer, TrainModule, callbacks
+from jaxtrainer import (
+    Callback,
+    DataModule,
+    FitResult,
+    Run,
+    Trainer,
+    TrainModule,
+    callbacks,
+    loggers,
+)
 from jaxtrainer.callback import HOOKS
 from jaxtrainer.errors import OptionError
 from jaxtrainer.vocabulary import IN_THE_STEP, OF_THE_MODULE, OF_THE_TRAINER, RENAMED
@@ -65,7 +74,7 @@ ROOTS: dict[str, Any] = {
     "self": TrainModule,
     "trainer": Trainer,
 }
-OWNERS = (jaxtrainer, callbacks, TrainModule, Callback, DataModule, Run(), TrainModule())
+OWNERS = (jaxtrainer, callbacks, loggers, TrainModule, Callback, DataModule, Run(), TrainModule())
 """Where a name without a root is looked for."""
 
 WORDS = {
@@ -150,7 +159,7 @@ def test_every_hook_is_in_the_document_with_its_parameters():
 
 
 def test_every_public_callback_and_name_is_in_the_document():
-    for name in (*callbacks.__all__, *jaxtrainer.__all__):
+    for name in (*callbacks.__all__, *loggers.__all__, *jaxtrainer.__all__):
         assert re.search(rf"\b{name}\b", FROM_LIGHTNING), name
 
 

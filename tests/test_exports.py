@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import jaxtrainer
-from jaxtrainer import callbacks, errors
+from jaxtrainer import callbacks, errors, loggers
 
 PUBLIC = [
     "Callback",
@@ -23,6 +23,7 @@ PUBLIC = [
     "data",
     "errors",
     "load_params",
+    "loggers",
     "plot",
     "read_predictions",
     "report",
@@ -54,7 +55,15 @@ CALLBACKS = [
     "Throughput",
     "Timer",
 ]
-HEAVY = ("orbax", "grain", "tensorboard", "matplotlib", "fsspec")
+LOGGERS = [
+    "CSVLogger",
+    "JSONLinesLogger",
+    "Logger",
+    "MLFlowLogger",
+    "TensorBoardLogger",
+    "WandbLogger",
+]
+HEAVY = ("orbax", "grain", "tensorboard", "tensorboardX", "wandb", "mlflow", "matplotlib", "fsspec")
 
 
 def test_package_exports_the_public_names():
@@ -64,6 +73,10 @@ def test_package_exports_the_public_names():
 
 def test_callbacks_exports_the_built_in_ones():
     assert callbacks.__all__ == CALLBACKS
+
+
+def test_loggers_exports_the_built_in_ones():
+    assert loggers.__all__ == LOGGERS
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -36,7 +36,8 @@ class GradientMonitor(Callback):
             `encoder/layer1`, and so on; 0 for the total alone.
         every_n_steps: Look every this many steps, a multiple of the trainer's
             `log_every_n_steps`, which is the default.
-        histograms: Count the gradients' magnitudes too (with depth 1 or more). It makes the row
+        histograms: Count the gradients' magnitudes too (with depth 1 or more), for the loggers
+            as well, as `grad_hist/NAME`. It makes the row
             that each step writes longer by 32 numbers for each module.
 
     Attributes:
@@ -95,6 +96,8 @@ class GradientMonitor(Callback):
                 run.metrics.pop(series, None)
         for name, counts in found.items():
             self.histograms.setdefault(name, []).append((step, np.array(counts)))
+            edges = [0.0, *self.edges, np.inf]
+            run.log_histogram(f"{_HISTOGRAM}/{name}", counts, edges=edges, step=step)
 
     def _groups(self, tree: PyTree) -> dict[str, list[Array]]:
         groups: defaultdict[str, list[Array]] = defaultdict(list)

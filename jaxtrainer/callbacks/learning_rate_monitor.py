@@ -75,7 +75,7 @@ class LearningRateMonitor(Callback):
         self.name = name
         self.schedule = schedule
         self._schedules = {f"{name}/{k}" if k else name: s for k, s in by_name.items()}
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
 
     def wrap_optimizers(
         self, run: Run, optimizers: Mapping[str, Optimizer]
@@ -109,7 +109,8 @@ class LearningRateMonitor(Callback):
             self._flush(run)
             rates = _injected(run.state.opt_state)
             # Copies, because the next step takes over the memory of the state.
-            self._pending = run.global_step, {k: jnp.copy(v) for k, v in rates.items()}
+            copies = {k: jnp.copy(v) for k, v in rates.items()}
+            self._pending = run.global_step, run.samples, copies
 
     def on_train_end(self, run: Run) -> None:
         """Record what is left."""
@@ -126,11 +127,12 @@ class LearningRateMonitor(Callback):
     def _flush(self, run: Run) -> None:
         if self._pending is None:
             return
-        (step, rates), self._pending = self._pending, None
+        (step, samples, rates), self._pending = self._pending, None
         values = jax.device_get(rates)
         many = len(rates) > 1
         names = {key: f"{self.name}/{key}" if key and many else self.name for key in rates}
-        run.record("step", {n: host_scalar(n, values[key]) for key, n in names.items()}, step)
+        known = {n: host_scalar(n, values[key]) for key, n in names.items()}
+        run.record("step", known, step, samples)
 
 
 def _may_inject(tx: optax.GradientTransformation) -> bool:

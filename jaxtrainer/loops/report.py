@@ -15,8 +15,8 @@ from jaxtrainer.run import Run
 _FULL = 0.9
 """Share of the host's memory above which there is a warning."""
 
-Point = tuple[int, int, int]
-"""Row of a metrics buffer, and the optimiser step and batch of the run that it belongs to."""
+Point = tuple[int, int, int, int]
+"""Row of a metrics buffer, and the step, batch and samples of the run that it belongs to."""
 
 
 class Reporter:
@@ -42,11 +42,13 @@ class Reporter:
     def after(self, run: Run, rows: jax.Array, first_row: int, steps: Sequence[int]) -> None:
         """Take the rows of a dispatch; `steps` is the optimiser step after each of its batches."""
         count, before = len(steps), run.total_batches - len(steps)
-        self._last = (rows, (first_row + count - 1, steps[-1], run.total_batches))
+        # All batches of a dispatch have as many rows.
+        size, seen = run.batch_size, run.samples - count * run.batch_size
+        self._last = (rows, (first_row + count - 1, steps[-1], run.total_batches, run.samples))
         due = self.every - before % self.every
         if due <= count:
             at = range(due - 1, count, self.every)
-            points = [(first_row + i, steps[i], before + i + 1) for i in at]
+            points = [(first_row + i, steps[i], before + i + 1, seen + (i + 1) * size) for i in at]
             self.flush(run)
             self._pending = (rows, points)
             if points[-1] == self._last[1]:
@@ -59,9 +61,9 @@ class Reporter:
         (rows, points), self._pending = self._pending, None
         with run.timings.phase("device"):
             values = np.asarray(rows)
-        for row, step, batch in points:
+        for row, step, batch, samples in points:
             metrics = self.totals.step_values(values[row], batch)
-            run.record("step", metrics, step)
+            run.record("step", metrics, step, samples)
             self.hooks.on_report(run, metrics, step)
         if rss_bytes() > _FULL * self._host_bytes:
             run.notice(
