@@ -41,7 +41,7 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 4px 24px 4px 0; border-bottom: 1px solid var(--rule);
-  vertical-align: top; overflow-wrap: break-word; max-width: 560px }
+  vertical-align: top; overflow-wrap: break-word; max-width: 420px }
 th { color: var(--soft); font-weight: 500; font-size: 13px }
 td.n, th.n { text-align: right; white-space: nowrap }
 td svg { width: 160px; height: 10px; margin-top: 6px } td rect { fill: var(--c0) }
