@@ -25,6 +25,7 @@ from jaxtrainer.rundir import saved_steps, step_of, step_path
 RUN_FILE = "run.json"
 LINES_FILE = "metrics.jsonl"
 CSV_FILES = {"step": "steps.csv", "epoch": "epochs.csv"}
+SETTINGS_FILE = "hyperparameters.json"
 _AXES = {"kind", "step", "epoch", "samples", "elapsed_s", "unix_time_s"}
 """Columns of a logger's rows that are no series."""
 
@@ -209,11 +210,14 @@ def _rows(folder: Path) -> dict[str, Any] | None:
     if not tables:
         return None
     with _reading(folder):
-        return _from_rows(
+        given = folder / SETTINGS_FILE
+        settings = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {}
+        rows = _from_rows(
             {"kind": kind, **row}
             for kind, file in tables.items()
             for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())
         )
+        return {**rows, "config": settings}
 
 
 def _json_rows(text: str) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxtrainer import launch
+from jaxtrainer.commands import add_parsers
 from jaxtrainer.errors import JaxTrainerError
 
 
@@ -15,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxtrainer", description="The training loop for JAX.")
     commands = parser.add_subparsers(metavar="command", required=True)
     launch.add_parser(commands)
+    add_parsers(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

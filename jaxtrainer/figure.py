@@ -13,13 +13,18 @@ from typing import Any
 
 from jaxtrainer.account import read_account
 from jaxtrainer.curves import Line, Panel, epoch_ends, panels_of, some_epochs
+from jaxtrainer.display.text import fit
 from jaxtrainer.errors import ConfigError, MissingExtraError
 from jaxtrainer.run import History
 
 _COLORS = ("#3b82d6", "#e07a1f", "#2f9e62", "#d1495b", "#8a63d2", "#9a7b4f", "#d16ba5", "#5f8a8b")
 """Middle tones, which are seen on white and on black."""
 _GREY = "#808080"
-_WIDTH, _HEIGHT = 6.4, 3.2
+_WIDTH, _HEIGHT = 6.4, 3.4
+_LONGEST = 60
+"""Characters of a name; what is longer would be cut off by the edge."""
+_DENSE = 300
+"""Points of a line from which on it is drawn thin."""
 _SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -129,8 +134,8 @@ def _draw_panel(axes: Any, panel: Panel, ends: Mapping[int, int]) -> None:
     names = panel.names
     for line in panel.lines:
         _draw_line(axes, line, _COLORS[names.index(line.name) % len(_COLORS)])
-    axes.set_title(panel.title, color=_GREY, loc="left")
-    axes.set_xlabel("step", color=_GREY)
+    axes.set_title(fit(panel.title, _LONGEST), color=_GREY, loc="left")
+    axes.set_xlabel("step", color=_GREY, loc="right")
     if panel.is_log:
         axes.set_yscale("log")
     axes.tick_params(colors=_GREY, which="both")
@@ -139,7 +144,9 @@ def _draw_panel(axes: Any, panel: Panel, ends: Mapping[int, int]) -> None:
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_GREY)
     _mark_epochs(axes, ends)
-    axes.legend(frameon=False, labelcolor=_GREY)
+    # Below, where it hides nothing.
+    place = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.08)}
+    axes.legend(frameon=False, labelcolor=_GREY, ncols=3, fontsize=9, **place)
 
 
 def _draw_line(axes: Any, line: Line, color: str) -> None:
@@ -147,8 +154,9 @@ def _draw_line(axes: Any, line: Line, color: str) -> None:
         axes.plot(line.steps, line.values, color=color, alpha=0.35, linewidth=1.0)
         return
     has_dots = len(line.values) == 1 or (line.kind == "epoch" and len(line.values) <= 60)
-    marker = "o" if has_dots else "None"
-    axes.plot(line.steps, line.values, marker=marker, ms=3.5, color=color, label=line.name)
+    look = {"marker": "o" if has_dots else "None", "ms": 3.5, "color": color}
+    width = 1.5 if len(line.values) <= _DENSE else 0.6
+    axes.plot(line.steps, line.values, lw=width, label=fit(line.name, _LONGEST), **look)
 
 
 def _mark_epochs(axes: Any, ends: Mapping[int, int]) -> None:

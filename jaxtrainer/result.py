@@ -57,8 +57,8 @@ class FitResult:
     call_s: float = 0.0
     best_checkpoint: str | None = None
     last_checkpoint: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    notices: Sequence[str] = ()
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    notices: Sequence[str] = field(default=(), repr=False)
 
     @classmethod
     def of(cls, run: Run) -> FitResult:
@@ -155,6 +155,10 @@ class FitResult:
     def __str__(self) -> str:
         # Whole lines: a path that is cut or wrapped is none to copy.
         return "\n".join([render(self.__rich__().renderables[0]), *self._places()])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # What IPython and notebooks show of a result that a cell returns.
+        printer.text(str(self))
 
     def _sparkline(self, name: str) -> list[Sparkline]:
         tables = (self.history.epoch, self.history.step)

@@ -76,7 +76,9 @@ def test_account_of_tables_has_their_curves(tmp_path: Path):
         f"{head}train/loss,lr\n4,0,32,0.5,1.7,1.0,\n8,0,64,1,2,,2\n"
     )
     (tmp_path / "epochs.csv").write_text(f"{head}val/loss\n8,0,64,1.0,1.7,0.5\n")
+    (tmp_path / "hyperparameters.json").write_text('{"module": {"width": 8}}')
     found = read_account(tmp_path)
+    assert found.config == {"module": {"width": 8}}
     assert found.history.step["train/loss"].steps == [4]
     assert found.history.step["lr"].values == [2.0]
     assert found.history.epoch["val/loss"].values == [0.5]

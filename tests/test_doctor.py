@@ -88,10 +88,14 @@ def test_gpu_that_jax_does_not_use_is_a_warning(
     assert re.search(advice, found.advice)
 
 
-def test_cache_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_cache_that_cannot_be_written_is_a_warning(tmp_path: Path):
     (tmp_path / "file").touch()
-    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", f"{tmp_path}/file/xla")
-    (found,) = doctor.check_cache()
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", f"{tmp_path}/file/xla")
+    try:
+        (found,) = doctor.check_cache()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     assert (found.status, "XDG_CACHE_HOME" in found.advice) == ("warn", True)
 
 

@@ -106,6 +106,17 @@ def test_report_lists_the_checkpoints_with_their_scores(run_dir: Path):
     assert all((saved.size_bytes or 0) > 1000 for saved in account.checkpoints)
 
 
+def test_report_of_a_relative_directory_lists_each_checkpoint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    saves = Checkpoint("run", monitor="val/loss", save_top_k=2)
+    result, _ = tiny.fit(None, tiny.make_batches(2), callbacks=[saves], max_epochs=2)
+    paths = [saved.path for saved in result.account().checkpoints]
+    assert paths == [str(tmp_path / "run" / f"step_{step}") for step in (8, 16)]
+    assert {result.best_checkpoint, result.last_checkpoint} <= {*paths}
+
+
 def test_report_asks_for_nothing_and_runs_nothing(run_dir: Path):
     text = (run_dir / "report.html").read_text(encoding="utf-8")
     found = Page(text)
@@ -256,5 +267,5 @@ def test_damaged_record_is_named(tmp_path: Path):
 
 
 def _result() -> FitResult:
-    counts = {"num_epochs": 1, "num_steps": 1, "num_samples": 1}
+    counts: Any = {"num_epochs": 1, "num_steps": 1, "num_samples": 1}
     return FitResult(history=History(), metrics={}, stop_reason="x", elapsed_s=1.0, **counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -33,7 +34,7 @@ def make_history(epochs: int = 3) -> History:
 
 
 def make_result(history: History) -> FitResult:
-    counts = {"num_epochs": 3, "num_steps": 24, "num_samples": 192}
+    counts: Any = {"num_epochs": 3, "num_steps": 24, "num_samples": 192}
     return FitResult(history=history, metrics={}, stop_reason="max_epochs", elapsed_s=1.0, **counts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -21,7 +22,7 @@ class File(io.StringIO):
         self._encoding = encoding
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._encoding
 
 
@@ -115,6 +116,13 @@ def test_result_in_a_file_has_no_colour_and_on_a_terminal_without_colour_neither
 def test_result_as_text_has_its_paths_whole():
     result = result_of(8)
     assert str(result).splitlines()[-1] == f"best checkpoint: {result.best_checkpoint}"
+
+
+def test_result_in_a_notebook_is_its_table():
+    shown: list[str] = []
+    result = result_of(8)
+    result._repr_pretty_(SimpleNamespace(text=shown.append), False)
+    assert shown == [str(result)]
 
 
 def test_result_of_one_epoch_has_no_column_for_curves():

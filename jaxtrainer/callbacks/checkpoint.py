@@ -214,8 +214,7 @@ class Checkpoint(Callback):
         self._saved_at_s = run.clock()
         self._count_from(run.global_step)
         if run.resumed_step is not None and self._store and self.last_step is not None:
-            run.last_checkpoint = str(self._store.path(self.last_step))
-            run.best_checkpoint = self.best_model_path
+            self._publish(run)
 
     def on_save_point(self, run: Run) -> None:
         """Save if a trigger says so, or the run is being interrupted."""
@@ -308,11 +307,9 @@ class Checkpoint(Callback):
         self._tell_notes(run)
 
     def _publish(self, run: Run) -> None:
-        run.best_checkpoint = self.best_model_path
-        if self.last_step is None or self._store is None:
-            run.last_checkpoint = None
-        else:
-            run.last_checkpoint = str(self._store.path(self.last_step))
+        store, best, last = self._store, self.best_step, self.last_step
+        run.best_checkpoint = None if store is None or best is None else str(store.path(best))
+        run.last_checkpoint = None if store is None or last is None else str(store.path(last))
 
     def _tell_notes(self, run: Run) -> None:
         while self._store is not None and self._store.notes:

@@ -18,8 +18,9 @@ body { margin: 0 auto; max-width: 1240px; padding: 24px; background: var(--back)
   color: var(--text); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere }
 h2 { font-size: 18px; margin: 36px 0 12px }
-section { display: inline-block; vertical-align: top; margin-right: 64px; max-width: 100% }
-#curves { display: block; margin-right: 0 }
+section { display: inline-block; vertical-align: top;
+  padding-right: min(64px, 5%); max-width: 100% }
+#curves { display: block; padding-right: 0 }
 dl { display: flex; flex-wrap: wrap; gap: 8px 32px; margin: 12px 0 }
 dt { color: var(--soft); font-size: 13px } dd { margin: 0; font-size: 18px }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr));
@@ -31,6 +32,7 @@ svg { display: block; width: 100%; height: auto }
 svg text { font-size: 12px; fill: var(--soft) }
 .grid { stroke: var(--rule) } .mark { stroke: var(--soft); stroke-dasharray: 2 4; opacity: .6 }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
+.dense { stroke-width: 1 }
 .faint { stroke-width: 1; opacity: .4 }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
   list-style: none; font-size: 13px; overflow-wrap: anywhere }
@@ -39,8 +41,9 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 4px 24px 4px 0; border-bottom: 1px solid var(--rule);
-  vertical-align: top; overflow-wrap: anywhere }
-th { color: var(--soft); font-weight: 500; font-size: 13px } td.n, th.n { text-align: right }
+  vertical-align: top; overflow-wrap: break-word; max-width: 420px }
+th { color: var(--soft); font-weight: 500; font-size: 13px }
+td.n, th.n { text-align: right; white-space: nowrap }
 td svg { width: 160px; height: 10px; margin-top: 6px } td rect { fill: var(--c0) }
 code { font: 13px/1.5 ui-monospace, monospace }
 COLORS

@@ -150,8 +150,8 @@ def format_tick(value: float) -> str:
         >>> [format_tick(v) for v in (0.0, 0.2, 1500.0, 20000.0, 2e6, 1e-5)]
         ['0', '0.2', '1500', '20k', '2M', '1e-05']
     """
-    for limit, unit, suffix in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if limit <= abs(value) < 1e9:
+    for limit, unit, suffix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if limit <= abs(value) < 1e12:
             return f"{value / unit:g}{suffix}"
     return f"{value:g}"
 
@@ -174,6 +174,7 @@ def thinned(points: Sequence[Point], at_most: int = _MOST_POINTS) -> Sequence[Po
 
 def _curve(curve: Curve, x_axis: Axis, y_axis: Axis) -> list[str]:
     look = f"c{curve.color % NUM_COLORS}{' faint' if curve.is_faint else ''}"
+    look += " dense" if len(curve.points) > _MOST_DOTS else ""
     parts: list[str] = []
     for run in _unbroken(thinned(curve.points)):
         at = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in run)
