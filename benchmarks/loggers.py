@@ -47,7 +47,9 @@ def makers(folder: str) -> Makers:
         "JSONLinesLogger": lambda: loggers.JSONLinesLogger(f"{folder}/json"),
         "TensorBoardLogger": lambda: loggers.TensorBoardLogger(f"{folder}/tensorboard"),
         "WandbLogger": lambda: loggers.WandbLogger(offline=True, save_dir=f"{folder}/wandb"),
-        "MLFlowLogger": lambda: loggers.MLFlowLogger(tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+        "MLFlowLogger": lambda: loggers.MLFlowLogger(
+            tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=f"{folder}/artifacts"
+        ),
     }
 
 

@@ -7,7 +7,7 @@ import json
 import struct
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def read_lines(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if kind in (None, row["kind"])]
 
 
-def columns_of(rows: list[Mapping[str, Any]]) -> Points:
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> Points:
     """The series in rows, as `points_of` has them."""
     found: Points = {}
     for row in rows:

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 KINDS = {"step": "steps.csv", "epoch": "epochs.csv"}
 EPOCHS, BATCHES, ROWS = 3, 10, 8
-ONE = {"max_epochs": 1}
+ONE: Any = {"max_epochs": 1}
 
 
 class Logged:

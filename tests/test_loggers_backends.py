@@ -95,7 +95,8 @@ def test_tensorboard_has_axes_and_hyperparameters(tmp_path: Path):
     assert all(e.value == 8 * e.step for e in reader.Scalars("samples"))
     assert reader.Scalars("epoch")[0].wall_time > 1.7e9
     content = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    data = plugin_data_pb2.HParamsPluginData.FromString(content)
+    messages: Any = plugin_data_pb2
+    data = messages.HParamsPluginData.FromString(content)
     assert data.session_start_info.hparams["module/width"].number_value == 8
     assert data.session_start_info.hparams["module/api_key"].string_value == "(hidden)"
 

@@ -74,7 +74,11 @@ def handed(act: Any) -> Any:
 
 @pytest.mark.parametrize(
     "image",
-    [np.uint8([[0, 255], [128, 1]]), np.float32([[0, 1], [0.5, 0.004]]), np.array([[False, True]])],
+    [
+        np.array([[0, 255], [128, 1]], np.uint8),
+        np.array([[0, 1], [0.5, 0.004]], np.float32),
+        np.array([[False, True]]),
+    ],
     ids=["uint8", "float32", "bool"],
 )
 def test_image_is_the_pixels_that_it_was(image: np.ndarray):

@@ -49,6 +49,7 @@ class MLFlowLogger(Logger):
         run_name: Name of the run; MLflow makes one if None.
         tracking_uri: Server or store; as MLflow finds it if None (MLFLOW_TRACKING_URI).
         tags: Tags of the run.
+        artifact_location: Where a new experiment has its artifacts; as MLflow decides if None.
         run_id: Id of a run, to go on with it.
 
     Raises:
@@ -68,6 +69,7 @@ class MLFlowLogger(Logger):
         run_name: str | None = None,
         tracking_uri: str | os.PathLike[str] | None = None,
         tags: Mapping[str, str] | None = None,
+        artifact_location: str | None = None,
         run_id: str | None = None,
     ) -> None:
         try:
@@ -77,6 +79,7 @@ class MLFlowLogger(Logger):
         self._mlflow: Any = mlflow
         self._uri = None if tracking_uri is None else os.fspath(tracking_uri)
         self._experiment, self._name, self._tags = experiment_name, run_name, dict(tags or {})
+        self._artifacts = artifact_location
         self.run_id = run_id
         self._is_given = run_id is not None
         self._client: Any = None
@@ -93,7 +96,7 @@ class MLFlowLogger(Logger):
             experiment = (
                 found.experiment_id
                 if found is not None
-                else self._client.create_experiment(self._experiment)
+                else self._client.create_experiment(self._experiment, self._artifacts)
             )
             run = self._client.create_run(experiment, tags=self._tags, run_name=self._name)
             self.run_id = run.info.run_id
