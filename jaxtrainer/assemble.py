@@ -66,6 +66,13 @@ def fit_plan(session: Session, train_loader: Any, val_loader: Any) -> FitPlan:
     traced = feed.spec.batch, capacity, run.num_batches, step.program.fingerprint
     configuration.compare(configuration.of_step(*traced), "step")
     session.advise = Shortage(session, feed.spec, run.accumulate, build).notes
+    if step.layout.undivided:
+        names = ", ".join(step.layout.undivided[:3])
+        more = len(step.layout.undivided) - 3
+        run.notice(
+            f"whole on each device, as no dimension divides: {names}"
+            + (f" and {more} more" if more > 0 else "")
+        )
     run.state_bytes = size_of(step.target)[1]
     totals = step.program.totals
     run.prog_bar |= {spec.name for spec in step.program.specs if spec.prog_bar}

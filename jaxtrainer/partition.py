@@ -64,12 +64,11 @@ def build_layout(
             _check_spec(mesh, name, shapes[name], spec, source)
         specs = {name: spec for name, (spec, _) in given.items()}
     undivided: list[str] = []
-    for name in [n for n in shapes if n not in specs and axis is not None]:
-        found = fsdp_spec(shapes[name], axis, mesh.shape[axis])
-        if found is not None:
-            specs[name] = found
-        elif math.prod(shapes[name]) >= MIN_SIZE:
-            undivided.append(name)
+    if axis is not None:
+        rest = {name: shape for name, shape in shapes.items() if name not in specs}
+        found = {name: fsdp_spec(shape, axis, mesh.shape[axis]) for name, shape in rest.items()}
+        specs |= {name: spec for name, spec in found.items() if spec is not None}
+        undivided = [n for n, s in rest.items() if math.prod(s) >= MIN_SIZE and n not in specs]
     specs = {name: spec for name, spec in specs.items() if _parts(mesh, spec) > 1}
     used = {axis for spec in specs.values() for axis in _axes_in(spec)}
     if not may_idle:

@@ -183,10 +183,12 @@ class Session:
         specs = self.layout.of_variables(init.params, init.model_state)
         if self.path is not None:
             return restore_variables(self.path, self.layout, specs)
-        if init.given is None:
+        given = init.given
+        if given is None:
             self.run.notice("the module was not trained, and no ckpt_path is given: fresh weights")
-            init.given = jax.jit(init.make_model, out_shardings=shardings(specs))(init.seed)
-        return self.layout.place(init.given)
+            make = jax.jit(init.make_model, out_shardings=shardings(specs))
+            given = init.given = make(init.seed)
+        return self.layout.place(given)
 
     @property
     def variable_specs(self) -> tuple[PyTree, PyTree]:

@@ -62,6 +62,17 @@ def test_recipe_trains_in_bfloat16_with_remat_and_shows_speed(text, mixed_dtypes
     assert "tokens_per_s=" in capsys.readouterr().out
 
 
+def test_recipe_divides_its_parameters_over_the_devices(text, monkeypatch):
+    monkeypatch.setattr(char_lm, "FEATURES", 32)
+    monkeypatch.setattr(char_lm, "DEPTH", 1)
+    seen = []
+    look = lambda self, run: seen.append(run.state.params)  # noqa: E731
+    monkeypatch.setattr(CharLM, "on_train_end", look, raising=False)
+    perplexity: Any = char_lm.main(["--text", text, "--steps", "1", "--fsdp"])
+    assert 0 < perplexity < 300
+    assert seen[0]["blocks"]["0"]["up"]["kernel"].sharding.spec == jax.P(None, "data")
+
+
 def test_a_model_in_bfloat16_computes_in_it(make_model, mixed_dtypes):
     graphdef, state = nnx.split(make_model())
     model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))

@@ -22,7 +22,7 @@ from tests import divided, tiny
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 MANY = [name for name in divided.MESHES if name != "one"]
-QUICK = [("mlp", "data"), ("mlp", "fsdp"), ("mlp", "mix"), ("cnn", "hybrid")]
+QUICK = [("mlp", "data"), ("mlp", "mix"), ("cnn", "hybrid")]
 PAIRS = [
     pytest.param(model, mesh, marks=[] if (model, mesh) in QUICK else pytest.mark.slow)
     for model in divided.MODELS
@@ -131,7 +131,7 @@ def saved(tmp_path_factory: Any) -> tuple[Any, dict[str, np.ndarray]]:
     return path, state
 
 
-@pytest.mark.parametrize("mesh", ["one", "tensor", "hybrid"])
+@pytest.mark.parametrize("mesh", ["one", "tensor", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_checkpoint_of_a_divided_model_goes_on_elsewhere(mesh: str, saved: Any, alone: Any):
     restored = Restored()
     _, state = divided.train("mlp", mesh, callbacks=[restored, EMA()], ckpt_path=saved[0])
