@@ -39,13 +39,20 @@ def _through(call: Any, index: int) -> Any:
     origin = _origin(inner, inner.outvars[index])
     places = [i for i, var in enumerate(inner.invars) if var is origin]
     if places and call.primitive.name == "scan":
-        places = places if _is_same_of_all(call.params, places[0], index) else []
+        places = places if _is_same_of_all(call, inner, places[0], index) else []
     return call.invars[places[0]] if places else None
 
 
-def _is_same_of_all(scan: Any, given: int, result: int) -> bool:
+def _is_same_of_all(scan: Any, body: Jaxpr, given: int, result: int) -> bool:
     """Return whether a result of a loop's body that is its argument is so for the whole loop."""
+    # By dimensions, because versions of JAX keep the numbers of these in different ways.
+    num_sliced = sum(map(_has_another_axis, scan.invars, body.invars))
+    num_carry = len(body.outvars) - sum(map(_has_another_axis, scan.outvars, body.outvars))
+    first_slice = len(body.invars) - num_sliced
     # What each turn hands on to the next is; so is each slice that is stacked again.
-    first, num_carry = scan["num_consts"], scan["num_carry"]
-    is_slice = given >= first + num_carry and result >= num_carry
-    return is_slice or (result < num_carry and given == first + result)
+    is_slice = given >= first_slice and result >= num_carry
+    return is_slice or (result < num_carry and given == first_slice - num_carry + result)
+
+
+def _has_another_axis(outer: Any, inner: Any) -> bool:
+    return len(outer.aval.shape) > len(inner.aval.shape)

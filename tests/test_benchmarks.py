@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import common, memory, overhead, startup, transformer
+from benchmarks import common, memory, overhead, startup, tradeoffs, transformer
 from benchmarks.common import Block
+from benchmarks.models import SIZES
 from benchmarks.report import Report
 
 FOLDER = Path(common.__file__).parent
@@ -39,6 +40,17 @@ def test_overhead_times_trainer_and_references():
     assert all(row["us/step"] > 0 for row in runs)
     assert 1 <= int({row["run"]: row["K"] for row in runs}["trainer"]) <= 64
     assert all(math.isfinite(row["us/step"]) for row in added)
+
+
+@pytest.mark.slow
+def test_tradeoffs_time_every_setting():
+    with jax.numpy_dtype_promotion("standard"):
+        rows = tradeoffs.tradeoff_rows(SIZES["tiny"], 4, 2, 1, 1)
+    assert [row["setting"] for row in rows] == [*tradeoffs.SETTINGS]
+    by_name = {row["setting"]: row for row in rows}
+    again, kept = (by_name[f"bf16-mixed{more}"]["XLA GFLOP"] for more in (", remat all", ""))
+    assert again > kept
+    assert all(row["ms/step"] > 0 for row in rows)
 
 
 def test_report_is_one_json_object(capsys):

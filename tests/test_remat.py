@@ -101,8 +101,8 @@ def test_operations_rise_as_the_policy_says():
 def test_memory_falls():
     whole, less = plan(Scanned), plan(Scanned, remat="blocks")
     row = ROWS * WIDTH * 4
-    # For each block four times an input and a slope, in place of the block's own input.
-    assert whole.peak_bytes - less.peak_bytes >= DEPTH * 6 * row
+    # Four times an input and a slope of each block, less its own input, as far as XLA keeps them.
+    assert whole.peak_bytes - less.peak_bytes >= DEPTH * 4 * row
     assert less.peak_bytes < 0.5 * whole.peak_bytes
 
 
