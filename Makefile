@@ -51,7 +51,7 @@ format: $(STAMP) ## format, sort imports, apply safe fixes
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## time the trainer against loops by hand (short form, under 10 minutes)
-	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks loggers saving trust; do \
+	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks loggers saving trust processes; do \
 		PYTHONPATH=. $(BIN)/python benchmarks/$$script.py --short $(ARGS); \
 	done
 

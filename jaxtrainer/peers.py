@@ -92,6 +92,7 @@ class Peers:
     ) -> None:
         self.run, self.table = run, table
         self.verdict: str | None = None
+        self._error: BaseException | None = None
         self._teardowns, self._leave_process = [teardown], leave
         self._abort = DelayedAbort()
         self._interval_s = min(10.0, max(1.0, count / 100))
@@ -130,6 +131,7 @@ class Peers:
         """Tell the others that an exception leaves the call; it comes before any clean-up."""
         if error is None or self._failing.is_set():
             return
+        self._error = error
         self._failing.set()
         if self._is_leaving:
             # What fails now follows from that; the other thread ends the process meanwhile.
@@ -264,10 +266,12 @@ class Peers:
 
     def _leave(self, reason: str) -> None:
         """End the process, unless the main thread comes to its own end first."""
+        is_own = self._error is not None and not may_follow(self._error)
+        if self._abort.is_waiting() and not is_own:
+            return self._end_process(reason)
         # An exception that all processes raise is raised in each; and what is computed together
         # fails soon where one has gone.
-        patience_s = 0.0 if self._abort.is_waiting() else _OWN_ERROR_S
-        if self._failing.wait(patience_s) or self._stopped.is_set():
+        if self._failing.wait(_OWN_ERROR_S) or self._stopped.is_set():
             self.verdict = self.verdict or reason
         else:
             self._end_process(reason)

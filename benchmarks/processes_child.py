@@ -1,0 +1,107 @@
+"""What `processes` times in each process: a small classifier, by the trainer and by hand.
+
+The batch grows with the devices (weak scaling), so that each computes the same.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrainer import Callback, Run, Trainer, TrainModule
+from jaxtrainer.ending import ENDING
+
+ROWS, FEATURES = 16, 32
+
+
+def num_devices() -> int:
+    return jax.device_count()
+
+
+def batch() -> dict[str, np.ndarray]:
+    rng, rows = np.random.default_rng(0), ROWS * num_devices()
+    x = rng.normal(size=(rows, FEATURES)).astype(np.float32)
+    return {"x": x, "y": x[:, :1]}
+
+
+def loss_of(model: Any, batch: Any) -> jax.Array:
+    return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+
+class Line(TrainModule):
+    def configure_model(self, rngs: nnx.Rngs) -> nnx.Linear:
+        return nnx.Linear(FEATURES, 1, rngs=rngs)
+
+    def configure_optimizers(self) -> Any:
+        return optax.sgd(1e-3)
+
+    def training_step(self, model: Any, batch: Any) -> jax.Array:
+        return loss_of(model, batch)
+
+
+class Half(Callback):
+    """Takes the time of the second epoch, and that of the watchdog's threads on a processor."""
+
+    seconds = cpu_s = 0.0
+
+    def on_train_epoch_start(self, run: Run) -> None:
+        jax.block_until_ready(run.state)
+        self.began, self.cpu_began_s = time.perf_counter(), _cpu_s()
+
+    def on_train_epoch_end(self, run: Run) -> None:
+        jax.block_until_ready(run.state)
+        self.seconds = time.perf_counter() - self.began
+        self.cpu_s = _cpu_s() - self.cpu_began_s
+
+
+def _cpu_s() -> float:
+    alive = [t.ident for t in ENDING.threads if t.is_alive() and t.ident]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in alive)
+
+
+def train(steps: int) -> Half:
+    """Train two epochs of so many steps, one a dispatch, and return the times of the second."""
+    half = Half()
+    options: dict[str, Any] = {"steps_per_dispatch": 1, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, callbacks=[half], compilation_cache=False, **options)
+    trainer.fit(Line(), [batch()] * steps)
+    return half
+
+
+def by_hand(steps: int) -> float:
+    """Return the same of a jitted step in a plain loop, with the same data on the same mesh."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    graphdef, params = nnx.split(nnx.Linear(FEATURES, 1, rngs=nnx.Rngs(0)))
+    tx = optax.sgd(1e-3)
+    state = jax.device_put((params, tx.init(params)), whole)
+
+    def update(state: Any, data: Any) -> tuple[Any, jax.Array]:
+        params, opt_state = state
+        merge = nnx.merge
+        loss, grads = jax.value_and_grad(lambda p: loss_of(merge(graphdef, p, copy=True), data))(
+            params
+        )
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    step, data = jax.jit(update, donate_argnums=0), batch()
+    loss: Any = None
+    for _ in range(2):
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, loss = step(state, jax.device_put(data, split))
+            # Programs of several CPU devices must not queue up, see `sharding.is_lockstep`.
+            if num_devices() > 1:
+                loss.block_until_ready()
+        jax.block_until_ready((state, loss))
+        seconds = time.perf_counter() - began
+    return seconds / steps
