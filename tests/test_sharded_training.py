@@ -84,7 +84,9 @@ def test_steps_of_a_divided_model_are_the_same_fused(steps: int, alone: Any):
     _, state = divided.train("mlp", "hybrid", **options)
     _, expected = divided.train("mlp", "one", **options)
     divided.assert_close(state, expected)
-    assert not np.allclose(state[".params['up']['kernel']"], alone("mlp")[".params['up']['kernel']"])
+    assert not np.allclose(
+        state[".params['up']['kernel']"], alone("mlp")[".params['up']['kernel']"]
+    )
 
 
 class Look(Callback):
