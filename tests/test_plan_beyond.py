@@ -45,12 +45,13 @@ class Block(nnx.Module):
 
 class Model(nnx.Module):
     def __init__(self, layers: int, width: int, vocabulary: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        # `nnx.Embed` keeps float32 whatever the precision.
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (vocabulary, width)))
         self.blocks = nnx.List(Block(width, rngs) for _ in range(layers))
         self.head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, token: jax.Array) -> jax.Array:
-        x = self.embed(token)
+        x = self.embed[token]
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -197,9 +198,9 @@ def test_every_mesh_of_a_number_of_devices_is_tried():
 
 def test_mesh_that_is_chosen_fits_and_is_the_fastest_that_does(whole: Plan):
     small = replace(ACCELERATORS["h100"], name="small", memory_bytes=whole.peak_bytes - 1)
-    found = plan(4, mesh="auto", num_devices=4, accelerator=small)
+    found = plan(2, mesh="auto", num_devices=2, accelerator=small)
     tried = {tuple(mesh.values()): estimate for mesh, estimate in found.candidates}
-    assert {*tried} == {(4, 1, 1), (2, 2, 1), (1, 4, 1)}
+    assert {mesh: e.fits for mesh, e in tried.items()} == {(2, 1, 1): False, (1, 2, 1): True}
     best = min((e for e in tried.values() if e.fits), key=lambda e: e.step_s)
     assert found.estimate == best
     assert found.reason.startswith("Shortest step of the")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -99,3 +99,53 @@ def test_program_goes_on_from_its_last_checkpoint(tmp_path: Path):
     ]
     assert len(list((tmp_path / "runs/example").glob("step_*"))) == 1
     assert "Error" not in "".join(said)
+
+
+def table_row(first: str) -> list[str]:
+    [line] = [line for line in SCALE.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_every_accelerator_is_in_the_table_with_its_figures():
+    for name, one in ACCELERATORS.items():
+        bf16, tf32 = one.peak.bf16, one.peak.of("tf32")
+        assert bf16 is not None
+        assert tf32 is not None
+        assert table_row(f"`{name}`")[1:] == [
+            f"{bf16 / 1e12:g}",
+            f"{tf32 / 1e12:g}",
+            f"{one.memory_bytes / 1e9:.4g}",
+            f"{one.memory_bytes_per_s / 1e9:,.0f}",
+            f"{one.link_bytes_per_s / 1e9:g} x {one.devices_per_node:,}",
+            f"{one.network_bytes_per_s / 1e9:g}",
+        ]
+
+
+@pytest.mark.parametrize("devices", [1000, 10_000])
+def test_failures_and_their_cost_are_what_the_rates_say(devices: int):
+    a_day = 419 / 54 / 16_384 * devices
+    between_s, save_s, restart_s = 86_400 / a_day, 2.0, 300.0
+    every_s = math.sqrt(2 * save_s * between_s)
+    costs = save_s / every_s, every_s / 2 / between_s, restart_s / between_s
+    shown = [a_day, between_s / 3600, every_s, *(100 * cost for cost in (*costs, sum(costs)))]
+    cells = [float(cell.rstrip(" hs%")) for cell in table_row(f"{devices:,}")[1:]]
+    # As rounded in the table, to two digits at least.
+    assert cells == pytest.approx(shown, rel=0.03)
+
+
+def test_arithmetic_of_the_text_is_right():
+    state = 70e9 * 12
+    figures = {
+        "840 GB": state / 1e9,
+        "13 TB": state * (1000 // 64 + 1) / 1e12,
+        "131 TB": state * (10_000 // 64) / 1e12,
+        "66 s": state * (10_000 // 64) / 2e12,
+        "3.1 GB/s": state / 270 / 1e9,
+        "31 GB/s": state / 27 / 1e9,
+        "82 million": 10_000 * 8192 / 1e6,
+        "9.5 %": 100 * (1 - (1 - 1e-5) ** 10_000),
+        "2.8 TB": 16 * 175e9 / 1e12,
+    }
+    for text, value in figures.items():
+        assert text in SCALE
+        assert float(text.split()[0]) == pytest.approx(value, rel=0.04)
