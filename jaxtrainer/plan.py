@@ -186,7 +186,7 @@ class Plan:
         if self.num_devices > 1 or self.accelerator is not None:
             tables.append(bytes_table(self.part_bytes, self.peak_bytes))
         if self.traffic:
-            rows = [Row(t.op, t.axes, t.count, t.size_bytes, t.sent_bytes) for t in self.traffic]
+            rows = [Row(t.op, t.axes, t.num, t.size_bytes, t.sent_bytes) for t in self.traffic]
             tables.append(traffic_table(rows))
         if (found := self.estimate) is not None:
             tables.append(estimate_table(*_shown(found)))
