@@ -23,9 +23,11 @@ from jaxtrainer.collectives import Collective, collectives
 from jaxtrainer.display.plan import Row, bytes_table, estimate_table, traffic_table
 from jaxtrainer.display.text import format_bytes, format_count, format_span
 from jaxtrainer.flops import Counted, ModuleFlops
+from jaxtrainer.layout import axes_of
 from jaxtrainer.offload import is_hosted
 from jaxtrainer.peaks import Arithmetic
 from jaxtrainer.roofline import Estimate, Traffic, estimate, scattered, traffic_of
+from jaxtrainer.sharding import DATA_AXES
 from jaxtrainer.state import TrainState, flat_items, size_of
 
 
@@ -185,7 +187,7 @@ class Plan:
         if self.num_devices > 1 or self.accelerator is not None:
             tables.append(bytes_table(self.part_bytes, self.peak_bytes))
         if self.traffic:
-            rows = [Row(t.op, t.axes, t.count, t.size_bytes, t.sent_bytes) for t in self.traffic]
+            rows = [Row(t.op, t.axes, t.num, t.size_bytes, t.sent_bytes) for t in self.traffic]
             tables.append(traffic_table(rows))
         if (found := self.estimate) is not None:
             tables.append(estimate_table(*_shown(found)))
@@ -299,9 +301,21 @@ def _traffic(compiled: Any, target: TrainState, mesh: Mapping[str, int]) -> tupl
     found: Iterable[Collective] = collectives(compiled.as_text() or "")
     params = list(flat_items(target.params))
     if params and params[0][1].sharding.mesh.devices.flat[0].platform == "cpu":
-        divided = {tuple(sorted(x.shape)): _axes(x.sharding) for _, x in params}
+        divided = dict(_gathered(spec) for _, spec in params)
         found = scattered(found, mesh, {shape: axes for shape, axes in divided.items() if axes})
     return traffic_of(found, mesh)
+
+
+def _gathered(spec: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return a parameter's shape where a step uses it, in order of size, and what it is cut along.
+
+    Cut in use it stays along axes that divide no batch: its gradient is too.
+    """
+    mesh, shape = spec.sharding.mesh.shape, list(spec.shape)
+    for i, entry in enumerate(spec.sharding.spec):
+        shape[i] //= math.prod(mesh[axis] for axis in axes_of(entry) if axis not in DATA_AXES)
+    axes = tuple(axis for axis in _axes(spec.sharding) if axis in DATA_AXES)
+    return tuple(sorted(shape)), axes
 
 
 def _part_bytes(compiled: Any, target: TrainState) -> dict[str, int]:
@@ -322,8 +336,7 @@ def _part_bytes(compiled: Any, target: TrainState) -> dict[str, int]:
 
 def _axes(sharding: Any) -> tuple[str, ...]:
     """Return the mesh axes that a sharding divides along."""
-    parts = (part for part in sharding.spec if part is not None)
-    axes = [axis for part in parts for axis in (part if isinstance(part, tuple) else (part,))]
+    axes = (axis for entry in sharding.spec for axis in axes_of(entry))
     return tuple(axis for axis in axes if sharding.mesh.shape[axis] > 1)
 
 

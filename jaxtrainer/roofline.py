@@ -30,7 +30,7 @@ class Traffic(NamedTuple):
         op: What they do: `"all-reduce"`, `"all-gather"`, `"reduce-scatter"` and so on.
         axes: The axes of the mesh along which devices exchange data; empty where the group is
             none of the mesh's.
-        count: How many run in a step.
+        num: How many run in a step.
         size_bytes: Bytes of their results on one device.
         sent_bytes: Bytes that a device sends, by the ring algorithm.
         group: Positions in the mesh of the devices of the first group.
@@ -38,7 +38,7 @@ class Traffic(NamedTuple):
 
     op: str
     axes: tuple[str, ...]
-    count: int
+    num: int
     size_bytes: int
     sent_bytes: float
     group: tuple[int, ...]
@@ -106,7 +106,7 @@ def traffic_of(found: Iterable[Collective], mesh: Mapping[str, int]) -> tuple[Tr
         Traffic(
             op,
             axes,
-            count=sum(c.times for c in some),
+            num=sum(c.times for c in some),
             size_bytes=sum(c.times * c.size_bytes for c in some),
             sent_bytes=sum(c.times * c.sent_bytes for c in some),
             group=some[0].groups[0],

@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
     op: str
     axes: tuple[str, ...]
-    count: int
+    num: int
     size_bytes: float
     sent_bytes: float
 
@@ -39,7 +39,7 @@ def traffic_table(rows: Iterable[Row]) -> Table:
     for row in rows:
         axes = ", ".join(row.axes) or "other"
         sizes = format_bytes(row.size_bytes), format_bytes(row.sent_bytes)
-        table.add_row(row.op, axes, str(row.count), *sizes)
+        table.add_row(row.op, axes, str(row.num), *sizes)
     return table
 
 
