@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrainer import callbacks, data, errors, testing
+    from jaxtrainer import callbacks, data, distributed, errors, testing
     from jaxtrainer.callback import Callback
     from jaxtrainer.callbacks.prediction_writer import read_predictions
     from jaxtrainer.datamodule import DataModule
@@ -35,6 +35,7 @@ __all__ = [
     "build_step",
     "callbacks",
     "data",
+    "distributed",
     "errors",
     "load_params",
     "read_predictions",
@@ -55,7 +56,7 @@ _HOMES = {
     "load_params": "pretrained",
     "read_predictions": "callbacks.prediction_writer",
 }
-_MODULES = ("callbacks", "data", "errors", "testing")
+_MODULES = ("callbacks", "data", "distributed", "errors", "testing")
 
 
 def __getattr__(name: str) -> Any:

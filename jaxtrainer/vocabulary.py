@@ -77,7 +77,7 @@ OF_THE_MODULE = {
 OF_THE_TRAINER = {
     "accelerator": "JAX takes the GPU or TPU it finds; the variable JAX_PLATFORMS chooses.",
     "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default.",
-    "num_nodes": "Call `jax.distributed.initialize()` first; the mesh spans all processes.",
+    "num_nodes": "Start it with `jaxtrainer launch` or SLURM; the mesh spans all processes.",
     "strategy": "How work is divided is said by `mesh=`.",
     "logger": "Values are in `result.history`; a callback gets them in `on_report` and at epoch "
     "ends.",

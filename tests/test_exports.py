@@ -19,6 +19,7 @@ PUBLIC = [
     "build_step",
     "callbacks",
     "data",
+    "distributed",
     "errors",
     "load_params",
     "read_predictions",
