@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxtrainer import Callback, Run, distributed
+from jaxtrainer.callbacks import Checkpoint
+from jaxtrainer.rundir import saved_steps
 from tests import tiny
 from tests.cluster import say
+from tests.process_program import digest
 
 FOREVER_S = 600.0
 
@@ -114,6 +118,17 @@ def loader(process: str) -> None:
 
 def slow(process: str) -> None:
     fit(At(lambda: time.sleep(0.1), int(process), step=1), max_epochs=3)
+
+
+def goes_on(directory: str, steps: str) -> None:
+    """Trains from the last checkpoint, if there is one, to the end."""
+    saver = Checkpoint(directory, every_n_train_steps=5)
+    module, last = tiny.Tiny(), "last" if saved_steps(Path(directory)) else None
+    callbacks = [Pace(), saver]
+    options = {"mesh": {"data": -1}, "steps_per_dispatch": 1, "max_steps": int(steps)}
+    trainer = tiny.make_trainer(callbacks, **options)
+    trainer.fit(module, tiny.make_loader(rows=128, size=8), ckpt_path=last)
+    say(params=digest(tiny.params_of(module)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ The bounds on the time are those of the heartbeat, 30 s, and of the limits that 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxtrainer.rundir import saved_steps
 from tests import network
 from tests.cluster import ROOT, Cluster, Outcome, run_cluster
 
@@ -128,6 +130,30 @@ def test_slow_process_is_named_once(culprit: int):
     assert notices[1] == []
     (told,) = notices[0]
     assert told.startswith(f"process {culprit} of 2 holds the others up: a batch takes it ")
+
+
+def saved(directory: Path) -> list[int]:
+    return saved_steps(directory) if directory.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_run_that_is_started_again_ends_on_the_same_bits(tmp_path: Path, victim: int):
+    undisturbed = run_cluster(PROGRAM, "goes_on", tmp_path / "a", 60, devices=1).same("params")
+    directory, rng, code = tmp_path / "b", random.Random(victim), 1
+    for start in range(5):
+        with Cluster(PROGRAM, "goes_on", directory, 60, devices=1) as cluster:
+            if start < 2:
+                least = max(saved(directory), default=0)
+                cluster.wait_until(lambda _, n=least: max(saved(directory), default=0) > n)
+                time.sleep(rng.random() * 0.5)
+                cluster.processes.started[victim].kill()
+            outcome = cluster.wait()
+        if (code := outcome.code) == 0:
+            break
+        assert {*outcome.codes} <= {75, -signal.SIGKILL}, outcome.err
+    assert (code, start) == (0, 2)
+    assert outcome.same("params") == undisturbed
 
 
 @pytest.mark.slow
