@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from jaxtrainer import cli, distributed
 from jaxtrainer.errors import ConfigError
-from jaxtrainer.launch import Processes
+from jaxtrainer.launch import Processes, free_port
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2"}
@@ -146,3 +148,13 @@ def test_launcher_ends_the_others_and_keeps_the_first_exit_code(tmp_path: Path, 
     err = capfd.readouterr().err
     assert "[1] going" in err
     assert "process 1 ended first, with exit code 7" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("index", "text"), [(0, "jaxtrainer: the"), (1, "TimeoutError: the")])
+def test_processes_that_do_not_come_are_missed_in_words(index: int, text: str):
+    call = f"initialize('127.0.0.1:{free_port()}', 2, {index}, initialization_timeout_s=2)"
+    code = f"from jaxtrainer import distributed; distributed.{call}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert f"{text} processes did not come together within 2 s" in ended.stderr
