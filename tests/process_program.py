@@ -94,7 +94,7 @@ def unsaved(directory: str) -> None:
             raise CheckpointError("no more room")
         write(store, step, *args)
 
-    CheckpointStore._save_once = fails
+    setattr(CheckpointStore, "_save_once", fails)  # noqa: B010
     fit(saver, Slow(), steps_per_dispatch=1)
 
 
@@ -130,7 +130,7 @@ class Stops(Callback):
 
 
 def interrupted(directory: str) -> None:
-    options = {"max_epochs": 1000, "steps_per_dispatch": 1}
+    options: Any = {"max_epochs": 1000, "steps_per_dispatch": 1}
     fit(Slow(), Checkpoint(directory, every_n_train_steps=10_000), **options)
 
 
