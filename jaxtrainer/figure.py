@@ -5,9 +5,9 @@ May import levels 0 to 2.
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +110,23 @@ def _new_figure(size: tuple[float, float], *, shown: bool) -> Any:
     options = {"figsize": size, "layout": "constrained"}
     if not shown:
         # One that pyplot does not know needs no display, and is freed when it is dropped.
-        return _import("matplotlib.figure").Figure(**options)
-    pyplot = _import("matplotlib.pyplot")
+        with _importing():
+            from matplotlib.figure import Figure
+        return Figure(**options)
+    with _importing():
+        import matplotlib
+        from matplotlib import pyplot
     figure = pyplot.figure(**options)
-    if "inline" in _import("matplotlib").get_backend():
+    if "inline" in matplotlib.get_backend():
         # A notebook shows what a cell returns, and open figures once more.
         pyplot.close(figure)
     return figure
 
 
-def _import(name: str) -> Any:
+@contextmanager
+def _importing() -> Iterator[None]:
     try:
-        return importlib.import_module(name)
+        yield
     except ImportError as error:
         raise MissingExtraError(
             "plotting needs Matplotlib: `pip install 'jaxtrainer[plot]'`. "

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import jax
+from flax import nnx
 
 from jaxtrainer.errors import (
     AttributeChangedError,
@@ -361,7 +362,9 @@ def tracing(
     contents = contents_of(own)
     before, TrainModule._tracing = TrainModule._tracing, trace
     try:
-        yield
+        # As in `configure_model`: what Flax makes anew in the step (a bridge does) is alike.
+        with nnx.use_eager_sharding(False):
+            yield
     finally:
         TrainModule._tracing = before
     # `self.outputs.append(loss)` passes __setattr__ by, and would leak a tracer.

@@ -23,6 +23,7 @@ from jaxtrainer.figure import draw
 from jaxtrainer.metrics import is_private
 from jaxtrainer.page import write_report
 from jaxtrainer.places import place
+from jaxtrainer.records import unix_time_s
 from jaxtrainer.run import History, Run
 
 
@@ -137,7 +138,7 @@ class FitResult:
             config=self.config,
             environment=environment(),
             notices=self.notices,
-            written_at=datetime.now().astimezone().isoformat(" ", "seconds"),
+            written_at=datetime.fromtimestamp(unix_time_s()).astimezone().isoformat(" ", "seconds"),
             best_checkpoint=self.best_checkpoint,
             checkpoints=tuple(saved for folder in folders for saved in saved_in(folder)),
         )

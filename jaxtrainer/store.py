@@ -289,13 +289,15 @@ def _said(error: CheckpointError | None) -> Sequence[str] | None:
 
 def _check_shared(directory: Path) -> None:
     """Raise RunDirError if a process does not see what process 0 has written."""
+    if distributed.count() == 1:
+        return
     ends = time.monotonic() + _SEEN_S
     path = directory / LOCK
     # A network file system may take a while to show it.
     while not (is_seen := path.exists()) and time.monotonic() < ends:
         time.sleep(0.1)
     blind = [i for i, sees in enumerate(distributed.gather(is_seen, "run directory")) if not sees]
-    if blind and distributed.count() > 1:
+    if blind:
         raise RunDirError(
             f"process {', '.join(map(str, blind))} does not see what process 0 writes in "
             f"{directory}: pass `Checkpoint` a directory on a file system that all hosts share."

@@ -28,6 +28,10 @@ UNSAFE_METHODS = {
 }
 
 
+STARTS = {"launch.py": ["subprocess"], "launched.py": ["runpy"]}
+"""They start the program that the command line names, and read nothing else."""
+
+
 def unsafe(source: str) -> Iterator[str]:
     """What in a module could execute what it reads."""
     yield from (n for n in imported_names(source) if n.partition(".")[0] in UNSAFE_MODULES)
@@ -54,7 +58,7 @@ def _is_own(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_package_has_no_way_to_execute_what_it_reads(path: Path):
-    assert list(unsafe(path.read_text(encoding="utf-8"))) == []
+    assert list(unsafe(path.read_text(encoding="utf-8"))) == STARTS.get(path.name, [])
 
 
 @pytest.mark.parametrize(
