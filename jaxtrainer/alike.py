@@ -17,11 +17,11 @@ from typing import Any
 
 from jax._src import distributed as runtime
 
-from jaxtrainer import distributed
+from jaxtrainer import distributed, errors
 from jaxtrainer.chunks import HostChunk
 from jaxtrainer.data import IndexedSource
 from jaxtrainer.distributed import TIMEOUT_S
-from jaxtrainer.errors import DataError, DistributedError, DistributedTimeoutError
+from jaxtrainer.errors import DataError, DistributedTimeoutError
 from jaxtrainer.grain_source import MapSource
 from jaxtrainer.rows import digest_of
 from jaxtrainer.types import PyTree
@@ -62,7 +62,8 @@ def once_per_host(job: Callable[[], None], name: str, limit_s: float = TIMEOUT_S
         limit_s: How long to wait.
 
     Raises:
-        DistributedError: In the processes that have waited, where it failed.
+        JaxTrainerError: In the processes that have waited: the same, or DistributedError where it is
+            none of this package, saying where it failed.
     """
     hosts = distributed.gather(socket.gethostname(), f"{name}/host")
     _run_in(hosts.index(hosts[distributed.index()]) == distributed.index(), job, name, limit_s)
@@ -80,13 +81,21 @@ def _run_in(is_chosen: bool, job: Callable[[], None], name: str, limit_s: float)
             job()
         except Exception as caught:
             error = caught
-    text = None if error is None else f"{type(error).__name__}: {error}"
-    failures = distributed.gather(text, name, limit_s)
+    told = None if error is None else [type(error).__name__, str(error)]
+    failures = distributed.gather(told, name, limit_s)
     if error is not None:
         raise error
     for process, failure in enumerate(failures):
         if failure is not None:
-            raise DistributedError(f"{name} failed in process {process}: {failure}")
+            raise _as_told(*failure, f"{name} failed in process {process}")
+
+
+def _as_told(kind: str, text: str, where: str) -> Exception:
+    """Return the error of another process: one of this package is raised as that on all."""
+    own = getattr(errors, kind, None)
+    if isinstance(own, type) and issubclass(own, errors.JaxTrainerError):
+        return own(text)
+    return errors.DistributedError(f"{where}: {kind}: {text}")
 
 
 def facts_of(
