@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from jaxtrainer import launch
 from jaxtrainer.commands import add_parsers
 from jaxtrainer.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
     JaxTrainerError,
@@ -30,7 +29,7 @@ CALLS = {
     "plan": "say what a training step costs",
 }
 _SAID = (CheckpointNotFoundError, ConfigError, MissingExtraError, OptionError, RunDirError)
-"""Errors of a call that a line says; others keep their traceback, which leads to the user's code."""
+"""Errors of a call that a line says; others keep their traceback, which leads to user code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +75,7 @@ class _Completion(argparse.Action):
     def __init__(self, **options: object) -> None:
         super().__init__(**{**options, "metavar": "bash|zsh|tcsh"})  # pyright: ignore
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
         from jaxtrainer.commandline.completion import script
 
         print(script(_parser(), str(values)))

@@ -14,10 +14,15 @@ from jaxtrainer.errors import did_you_mean
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 _UNKNOWN = re.compile(r"[Uu]nrecognized arguments: (\S+)")
-_UNEXPECTED = re.compile(r"(?:Key|key|keys?|Option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted)")
+_UNEXPECTED = re.compile(
+    r"(?:Key|key|keys?|Option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted)"
+)
+_IN_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([^']+)'")
 _DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _NO_PATH = re.compile(r"Expected a dot import path string: (\S+)")
-_NO_OPTION = re.compile(r"Problem with given class_path '([^']+)':\s*(?:\S.*\n\s*)?Option '([^']+)'")
+_NO_OPTION = re.compile(
+    r"Problem with given class_path '([^']+)':\s*(?:\S.*\n\s*)?Option '([^']+)'"
+)
 _IN_CLASS = re.compile(
     r"Problem with given class_path '([^']+)':\s*"
     r"(?:Validation failed: )?Parser key \"([^\"]+)\":\s*(.*)",
@@ -36,6 +41,9 @@ def described(message: str, parser: Any) -> str:
     if found := _UNKNOWN.search(message):
         name = found[1].partition("=")[0]
         return f"unknown option {name}.{_close_option(name, parser)}"
+    if found := _IN_GROUP.search(message):
+        names = [k.removeprefix(f"{found[1]}.") for k in _keys(parser) if k.startswith(found[1])]
+        return f"{found[1]} has no option {found[2]!r}.{did_you_mean(found[2], names)}"
     if found := _KEY.search(message):
         return _one_line(f"{found[1]}: {_of_value(found[1], found[2], parser)}")
     if found := _UNEXPECTED.search(message):
@@ -129,7 +137,7 @@ def _public_below(base: type) -> Iterator[type]:
     for cls in base.__subclasses__():
         is_ours = cls.__module__.startswith("jaxtrainer.")
         is_shown = cls.__module__.startswith(("jaxtrainer.callbacks.", "jaxtrainer.loggers."))
-        if is_shown and _is_exported(cls) or not (is_ours or cls.__name__.startswith("_")):
+        if (is_shown and _is_exported(cls)) or not (is_ours or cls.__name__.startswith("_")):
             yield cls
         yield from _public_below(cls)
 

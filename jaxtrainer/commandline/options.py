@@ -125,7 +125,8 @@ class Options:
         if target is None or arguments is None or isinstance(arguments, str):
             return
         said = {key for options in self.request.files.values() for key in options.get(name, ())}
-        said |= {word.split("=")[0].split(".")[1] for word in self.request.argv if word.startswith(f"--{name}.")}
+        words = [w for w in self.request.argv if w.startswith(f"--{name}.")]
+        said |= {word.partition("=")[0].split(".")[1] for word in words}
         own = inspect.signature(target).parameters
         for key in [*vars(arguments)]:
             if key not in own and key not in said:
@@ -182,7 +183,7 @@ def build_parser(call: str, module: Any, data: Any) -> ArgumentParser:
     for name, target in (("module", module), ("data", data)):
         if target is not None:
             _add_target(parser, target, name)
-    _say(parser, {"--module": general.texts, "--data": general.texts})
+    _say(parser, {name: general.texts[name] for name in ("--module", "--data")})
     return parser
 
 
@@ -199,11 +200,12 @@ class _Without:
             self.parser.add_argument(name, **options)
 
 
-def _say(parser: ArgumentParser, texts: Mapping[str, Mapping[str, Any]]) -> None:
+def _say(parser: ArgumentParser, texts: Mapping[str, Any]) -> None:
+    """Say what is in the place of the options that jsonargparse makes of a class."""
     for action in parser._actions:
         for name in action.option_strings:
             if name in texts:
-                action.help, action.metavar = texts[name][name]["help"], texts[name][name]["metavar"]
+                action.help, action.metavar = texts[name]["help"], texts[name]["metavar"]
 
 
 def _add_target(parser: ArgumentParser, target: Any, name: str) -> None:
