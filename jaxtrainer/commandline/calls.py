@@ -60,10 +60,11 @@ def _predict(call: str, options: Options, made: Any) -> None:
             "predict: pass `--output FILE.npz`, `--output DIRECTORY`, or a PredictionWriter among "
             "`--trainer.callbacks`."
         )
-    is_archive = made.output is not None and made.output.endswith(".npz")
+    output: str = made.output or ""
+    is_archive = output.endswith(".npz")
     if is_archive:
-        check_free(Path(made.output))
-    writer = [PredictionWriter(made.output)] if made.output and not is_archive else []
+        check_free(Path(output))
+    writer = [PredictionWriter(output)] if output and not is_archive else []
     trainer = _trainer(made, *writer)
     module, data = _user_objects(options, made)
     predictions = trainer.predict(
@@ -73,9 +74,9 @@ def _predict(call: str, options: Options, made: Any) -> None:
         return_predictions=is_archive,
     )
     if is_archive:
-        write_archive(Path(made.output), predictions)
-    if made.output is not None:
-        print(made.output)
+        write_archive(Path(output), predictions)
+    if output:
+        print(output)
 
 
 def _plan(call: str, options: Options, made: Any) -> None:

@@ -175,7 +175,7 @@ def build_parser(call: str, module: Any, data: Any) -> ArgumentParser:
     for name in _OF_CALL[call]:
         kind, default, text = _PLACE[name]
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    skipped = {"clock", *_OF_TRAINER}
+    skipped: set[str | int] = {"clock", *_OF_TRAINER}
     parser.add_class_arguments(Trainer, "trainer", skip=skipped, instantiate=False)
     for name, (kind, default, text) in _OF_TRAINER.items():
         group = parser.groups["trainer"] if parser.groups else parser
