@@ -51,4 +51,8 @@ def make_stages() -> dict[str, Any]:
     return {"train": tiny.make_batches(2), "test": tiny.make_batches(3)}
 
 
+def make_rows() -> Any:
+    return tiny.make_batches(3)
+
+
 NUMBER = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,12 @@ def test_callback_of_the_user_takes_part(run: Path):
 def test_predictions_are_one_archive(run: Path, capsys: pytest.CaptureFixture[str]):
     file = run / "p.npz"
     words = "--trainer.enable_progress_bar false --trainer.compilation_cache false"
-    ask = f"predict {MODULE} --data tests.test_cli:make_rows {words} --output {file}"
+    ask = f"predict {MODULE} --data tests.cli_program:make_rows {words} --output {file}"
     assert call(ask, "--ckpt_path", run / "run") == 0
+    assert capsys.readouterr().out == f"{file}\n"
     with np.load(file) as found:
         assert found["predictions"].shape == (24, tiny.CLASSES)
     assert "is there already" in says(capsys, ask)
-
-
-def make_rows() -> Any:
-    return tiny.make_batches(3)
 
 
 def test_checkpoint_is_tested(run: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,10 +127,13 @@ def test_inspect_shows_arrays_without_the_classes(run: Path, capsys: pytest.Capt
     assert f"jax {sys.modules['jax'].__version__}" in out
 
 
-def test_damage_is_found_by_verify(run: Path, capsys: pytest.CaptureFixture[str]):
-    record = run / "again" / "run" / "step_4" / "record" / "metadata"
+def test_inspect_refuses_a_damaged_record(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(run / "run", tmp_path / "run")
+    record = tmp_path / "run" / "step_4" / "record" / "metadata"
     record.write_text(record.read_text().replace('"epoch"', '"epoc"'))
-    assert call("inspect", run / "again" / "run") == 2
+    assert call("inspect", tmp_path / "run") == 2
     assert "digest" in capsys.readouterr().err
 
 

@@ -15,6 +15,7 @@ from jaxtrainer.commandline.loaders import arguments_of, training_loader
 from jaxtrainer.commandline.options import Options
 from jaxtrainer.commandline.request import read_request
 from jaxtrainer.commandline.saved import SavedConfiguration
+from jaxtrainer.distributed import is_first
 from jaxtrainer.errors import ConfigError
 from jaxtrainer.trainer import Trainer
 
@@ -43,7 +44,8 @@ def _fit(call: str, options: Options, made: Any) -> None:
     saved.trainer = trainer
     module, data = _user_objects(options, made)
     result = trainer.fit(module, **arguments_of(call, data), ckpt_path=made.ckpt_path)
-    print(result)
+    if is_first():
+        print(result)
 
 
 def _evaluate(call: str, options: Options, made: Any) -> None:
@@ -75,7 +77,7 @@ def _predict(call: str, options: Options, made: Any) -> None:
     )
     if is_archive:
         write_archive(Path(output), predictions)
-    if output:
+    if output and is_first():
         print(output)
 
 
