@@ -44,6 +44,11 @@ def typed(words: Iterable[Any]) -> list[str]:
     return [*dict.fromkeys(found)]
 
 
+def is_path(word: str) -> bool:
+    """Return whether a word has the form of `pkg.mod:Class` or `pkg.mod.Class`."""
+    return _PATH.fullmatch(word) is not None
+
+
 def split(path: str) -> tuple[str, str]:
     """Return module and name of `pkg.mod:Class`, or of `pkg.mod.Class`.
 

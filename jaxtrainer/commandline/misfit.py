@@ -52,6 +52,12 @@ def described(message: str, parser: Any) -> str:
     return _one_line(message)
 
 
+def denied(message: str) -> str | None:
+    """Return the path that jsonargparse does not import, if that is what a message says."""
+    found = _DENIED.search(message)
+    return found[1] if found else None
+
+
 def _of_value(key: str, said: str, parser: Any) -> str:
     value = _GIVEN.findall(said)[-1:] or [""]
     if found := _DENIED.search(said):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jsonargparse
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from jaxtrainer.callback import Callback
 from jaxtrainer.commandline.imports import locate, split
-from jaxtrainer.commandline.misfit import described
+from jaxtrainer.commandline.misfit import denied, described
 from jaxtrainer.commandline.request import Request, add_general
 from jaxtrainer.datamodule import DataModule
 from jaxtrainer.errors import ConfigError
@@ -51,6 +52,8 @@ _OF_TRAINER = {
 }
 """Options whose Python types say more than can be written, or in another order."""
 
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+_MOST_NAMES = 8
 _known: set[str] = set()
 
 
@@ -87,9 +90,10 @@ class Options:
         import json
 
         own = {"config", "allow_import", "print_config", "seed"}
-        dumped = self.parser.dump(
-            self.config, format="json", skip_validation=True, skip_unset=False
-        )
+        config = self.config.clone()
+        for name, target in (("module", self.module), ("data", self.data)):
+            _drop_objects(config.get(name), target)
+        dumped = self.parser.dump(config, format="json", skip_validation=True, skip_unset=False)
         found = {k: v for k, v in json.loads(dumped).items() if k not in own}
         sections = {}
         for name, chosen in (("module", self.request.module), ("data", self.request.data)):
@@ -133,16 +137,48 @@ class Options:
                 delattr(arguments, key)
 
     def _step(self, parse: Any, where: str) -> Any:
-        try:
-            return parse()
-        except (jsonargparse.ArgumentError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(where + described(str(error), self.parser)) from None
+        for _ in range(_MOST_NAMES):
+            try:
+                return parse()
+            except (jsonargparse.ArgumentError, KeyError, TypeError, ValueError) as error:
+                said = str(error)
+            home = denied(said)
+            if home is None or home not in (homes := _homes(self.request.paths)):
+                break
+            # Typed as `jax.nn.relu`, and at home in a private module.
+            self.request.allowed += (home, *homes)
+            allow(self.request.allowed)
+        raise ConfigError(where + described(said, self.parser))
 
     def _refuse_hidden(self) -> None:
         given = {word.partition("=")[0] for word in self.request.argv}
         for key, path in self.request.hidden.items():
             if f"--{key}" not in given:
                 raise ConfigError(f"{path} hides the value of {key}; pass `--{key}`.")
+
+
+def _homes(paths: Iterable[str]) -> list[str]:
+    """Return where what was typed is defined, as far as it is imported by now."""
+    found = [getattr(sys.modules.get(m), name, None) for m, name in map(split, paths)]
+    return [f"{x.__module__}.{x.__qualname__}" for x in found if hasattr(x, "__qualname__")]
+
+
+def _drop_objects(arguments: Any, target: Any) -> None:
+    """Leave defaults that are functions or other objects to the code, which says them better."""
+    if target is None or arguments is None or isinstance(arguments, str):
+        return
+    for name, parameter in inspect.signature(target).parameters.items():
+        value = vars(arguments).get(name)
+        is_object = not isinstance(parameter.default, _PLAIN) and parameter.default is not None
+        if is_object and value is not None and _is_default(value, parameter.default):
+            delattr(arguments, name)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    module, _, name = value.rpartition(".") if isinstance(value, str) else ("", "", "")
+    return bool(module) and getattr(sys.modules.get(module), name, None) is default
 
 
 def allow(paths: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxtrainer.commandline.imports import OWN, check_prefix, typed
+from jaxtrainer.commandline.imports import OWN, check_prefix, is_path, typed
 from jaxtrainer.errors import ConfigError, did_you_mean
 from jaxtrainer.settings import HIDDEN
 
@@ -29,6 +29,7 @@ class Request:
         data: Path of what makes the data, or None.
         allowed: Modules that values may name.
         hidden: Options that a file does not say because they are secret, by file.
+        paths: Classes and functions that are typed on the command line.
         prints: Whether to print the configuration only.
     """
 
@@ -39,6 +40,7 @@ class Request:
     data: str | None = None
     allowed: tuple[str, ...] = OWN
     hidden: dict[str, str] = field(default_factory=dict)
+    paths: tuple[str, ...] = ()
     prints: bool = False
 
 
@@ -62,7 +64,8 @@ def read_request(call: str, argv: Sequence[str]) -> Request:
         *typed(_values(words)),
         *map(check_prefix, given.allow_import),
     )
-    request = Request(call, rest, allowed=allowed, prints=given.print_config)
+    paths = tuple(word for word in words if word and is_path(word))
+    request = Request(call, rest, allowed=allowed, paths=paths, prints=given.print_config)
     for path in given.config:
         _add_file(request, path)
     request.module, request.data = given.module or request.module, given.data or request.data
