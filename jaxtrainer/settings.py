@@ -52,7 +52,7 @@ def of_module(module: object) -> dict[str, Any]:
     They are the attributes that are named as arguments of its `__init__`, and its other public
     attributes that are numbers, strings or None.
     """
-    arguments = {*inspect.signature(type(module).__init__).parameters}
+    arguments = _parameters(type(module))
     own = {k: v for k, v in vars(module).items() if k not in _NOT_THEIRS}
     return plain({k: v for k, v in own.items() if k in arguments or _is_scalar(v)})
 
@@ -145,9 +145,15 @@ def _array(value: Any) -> Any:
 
 
 def _arguments(callback: object) -> dict[str, Any]:
-    names = inspect.signature(type(callback).__init__).parameters
+    names = _parameters(type(callback))
     known = {name: getattr(callback, name) for name in names if hasattr(callback, name)}
     return plain({k: v for k, v in known.items() if k != "console"})
+
+
+def _parameters(cls: type) -> list[str]:
+    # The signature of a builtin is a text, which `inspect` would compile.
+    is_builtin = cls.__init__ is object.__init__
+    return [] if is_builtin else [*inspect.signature(cls.__init__).parameters]
 
 
 def _by_class(callbacks: Iterable[object]) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class Options:
                 delattr(arguments, key)
 
     def _step(self, parse: Any, where: str) -> Any:
+        said = ""
         for _ in range(_MOST_NAMES):
             try:
                 return parse()
@@ -159,7 +160,7 @@ class Options:
 
 def _homes(paths: Iterable[str]) -> list[str]:
     """Return where what was typed is defined, as far as it is imported by now."""
-    found = [getattr(sys.modules.get(m), name, None) for m, name in map(split, paths)]
+    found: list[Any] = [getattr(sys.modules.get(m), n, None) for m, n in map(split, paths)]
     return [f"{x.__module__}.{x.__qualname__}" for x in found if hasattr(x, "__qualname__")]
 
 
