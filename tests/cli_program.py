@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxtrainer import Callback, DataModule, Run
 from jaxtrainer.testing import TinyModule
@@ -15,6 +19,14 @@ class Keyed(TinyModule):
     def __init__(self, learning_rate: float = 1e-2, api_key: str = "") -> None:
         super().__init__(learning_rate)
         self.api_key = api_key
+
+
+class Acted(TinyModule):
+    """A module whose defaults are no plain data."""
+
+    def __init__(self, act: Callable[[Any], Any] = jax.nn.relu, dtype: Any = jnp.float32) -> None:
+        super().__init__()
+        self.act, self.dtype = act, dtype
 
 
 class Broken(TinyModule):

@@ -224,6 +224,19 @@ def test_help_shows_the_options_of_the_module(capsys: pytest.CaptureFixture[str]
     assert all(f"--{x}" in out for x in ("module.learning_rate", "data.batch_size", "trainer.seed"))
 
 
+def test_configuration_leaves_objects_and_passed_on_options_to_the_code(
+    capsys: pytest.CaptureFixture[str],
+):
+    ask = "fit --print_config --module tests.cli_program:Acted"
+    assert call(ask, "--data tests.cli_program:make_pair") == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert "init_args" not in found["module"]
+    assert found["data"]["init_args"] == {"batch_size": 8}
+    assert call(ask, "--module.act jax.nn.gelu") == 0
+    given = yaml.safe_load(capsys.readouterr().out)["module"]["init_args"]
+    assert given == {"act": "jax.nn.gelu"}
+
+
 def test_error_of_the_user_keeps_its_traceback():
     with pytest.raises(TypeError, match="mine to mend"):
         call("fit --module tests.cli_program:Broken", DATA, "--trainer.max_epochs 1")
