@@ -1,4 +1,4 @@
-"""The subcommands `report`, `doctor` and `devices` of `jaxtrainer`.
+"""The subcommands `report`, `inspect`, `doctor` and `devices` of `jaxtrainer`.
 
 What a command needs is imported when it runs: the doctor must start where a library is broken.
 """
@@ -27,6 +27,15 @@ def add_parsers(commands: Any) -> None:
         "--plot", type=Path, metavar="FILE", help="the curves alone too, as .png, .svg or .pdf"
     )
     report.set_defaults(run=_report)
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what is in a checkpoint",
+        description="Say what is in a checkpoint: counters, metrics, versions, arrays. Nothing of "
+        "it is imported or executed.",
+    )
+    inspect.add_argument("ckpt", metavar="CKPT", help="a step directory, or a run directory")
+    inspect.add_argument("--verify", action="store_true", help="compare every array's digest")
+    inspect.set_defaults(run=_inspect)
     doctor = commands.add_parser(
         "doctor",
         help="check versions, devices, cache and disk, and say what to do",
@@ -50,6 +59,12 @@ def _report(args: argparse.Namespace) -> int:
         plot(args.run_dir, args.plot)
         print(args.plot)
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from jaxtrainer.inspection import show_checkpoint
+
+    return show_checkpoint(args.ckpt, verifies=args.verify)
 
 
 def _doctor(args: argparse.Namespace) -> int:

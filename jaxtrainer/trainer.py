@@ -28,7 +28,6 @@ from jaxtrainer.duration import Duration, parse_duration
 from jaxtrainer.errors import ConfigError, checks_options, refuse_unknown
 from jaxtrainer.evaluation import eval_plan, predictions_of, streamed
 from jaxtrainer.every import Every, as_interval
-from jaxtrainer.hyperparameters import plain
 from jaxtrainer.lineup import Lineup, find_saved
 from jaxtrainer.loggers.logger import Logger
 from jaxtrainer.loggers.together import Loggers
@@ -46,7 +45,7 @@ from jaxtrainer.remote import refuse_url
 from jaxtrainer.result import FitResult, metrics_table
 from jaxtrainer.run import Limits, Run
 from jaxtrainer.session import Session
-from jaxtrainer.settings import settings_of
+from jaxtrainer.settings import plain, settings_of
 from jaxtrainer.traced import step_plan
 from jaxtrainer.tuning import tune
 from jaxtrainer.types import Clock, PyTree

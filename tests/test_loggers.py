@@ -15,7 +15,6 @@ import pytest
 from jaxtrainer import FitResult, Run
 from jaxtrainer.callbacks import GradientMonitor, LearningRateMonitor
 from jaxtrainer.errors import ConfigError, MissingExtraError, RunDirError
-from jaxtrainer.hyperparameters import HIDDEN
 from jaxtrainer.loggers import (
     CSVLogger,
     JSONLinesLogger,
@@ -33,6 +32,7 @@ from jaxtrainer.records import (
     Scalars,
     Text,
 )
+from jaxtrainer.settings import HIDDEN
 from tests import tiny
 from tests.bad_input import own_threads, refused
 from tests.logged import (

@@ -27,9 +27,12 @@ UNSAFE_METHODS = {
     *("os.popen", "os.execv", "os.execve", "os.spawnv", "os.posix_spawn", "shutil.unpack_archive"),
 }
 
-
-STARTS = {"launch.py": ["subprocess"], "launched.py": ["runpy"]}
-"""They start the program that the command line names, and read nothing else."""
+ALLOWED = {
+    "launch": {"subprocess"},  # starts the user's program, from a list of words
+    "launched": {"runpy"},  # is that program
+    "imports": {"import_module"},  # classes that the user names; `locate` refuses all others
+}
+"""What a module is for, and why it is no way for a file to be executed."""
 
 
 def unsafe(source: str) -> Iterator[str]:
@@ -58,7 +61,8 @@ def _is_own(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_package_has_no_way_to_execute_what_it_reads(path: Path):
-    assert list(unsafe(path.read_text(encoding="utf-8"))) == STARTS.get(path.name, [])
+    found = {*unsafe(path.read_text(encoding="utf-8"))}
+    assert found - ALLOWED.get(path.stem, set()) == set()
 
 
 @pytest.mark.parametrize(

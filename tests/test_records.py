@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxtrainer import Run, TrainModule
+from jaxtrainer import Run
 from jaxtrainer.errors import LogError
-from jaxtrainer.hyperparameters import HIDDEN, flat, of_module, plain
 from jaxtrainer.png import encode_png
 from jaxtrainer.records import Histogram, Image, Record
 from tests.logged import read_png
@@ -112,59 +108,3 @@ def test_histogram_leaves_out_what_is_not_finite():
     assert (record.edges[0], record.edges[-1]) == (1.0, 2.0)
     nothing: Histogram = handed(lambda run: run.log_histogram("x", [NAN]))
     assert not nothing.counts.any()
-
-
-class Module(TrainModule):
-    def __init__(self, width: int = 3, act: Any = None, token: str = "", **rest: Any) -> None:
-        self.width, self.act, self.token = width, act, token
-        self.made = "here"
-        self.table = {"not": "an argument"}
-        self._private = 1
-        self.rest = rest
-
-
-def test_hyperparameters_are_arguments_and_plain_attributes():
-    module = Module(4, act=jnp.tanh, token="abc", lr=1e-3)
-    module.run = Run()
-    want = {"width": 4, "act": "tanh", "token": HIDDEN, "made": "here", "rest": {"lr": 1e-3}}
-    assert of_module(module) == want
-
-
-def test_hyperparameters_of_a_dataclass_are_its_fields():
-    @dataclass
-    class Fields(TrainModule):
-        sizes: tuple[int, ...] = (1, 2)
-        path: Path = Path("x")
-
-    assert of_module(Fields()) == {"sizes": [1, 2], "path": "x"}
-
-
-SECRETS: Any = {
-    **{name: "x" for name in ("api_key", "HF_TOKEN", "db_password", "secret", "AccessKey", "auth")},
-    "hub": "hf_abcdefghijklmnopqrstuv",
-    "url": "postgres://me:pw@host/db",
-    "key": "-----BEGIN RSA PRIVATE KEY-----",
-    "aws": "AKIAABCDEFGHIJKLMNOP",
-}
-
-
-@pytest.mark.parametrize("name", SECRETS)
-def test_secret_is_hidden_wherever_it_is(name: str):
-    assert plain({"a": [{name: SECRETS[name]}]}) == {"a": [{name: HIDDEN}]}
-
-
-def test_what_is_no_secret_is_shown():
-    values = {"tokens": "no", "max_tokens": 3, "tokenizer": "bpe", "key": "a", "author": "me"}
-    assert plain(values) == values
-    assert plain({"url": "http://host/path"}) == {"url": "http://host/path"}
-
-
-def test_what_is_no_plain_data_is_named():
-    values = {"tx": optax.adam(1e-3), "x": np.zeros((2, 3)), "f": print, "nan": NAN}
-    assert plain(values) == {
-        "tx": "GradientTransformationExtraArgs",
-        "x": "float64[2, 3]",
-        "f": "print",
-        "nan": "nan",
-    }
-    assert flat(plain({"a": {"b": None, "c": True}})) == {"a/b": "None", "a/c": True}

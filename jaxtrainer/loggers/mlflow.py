@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrainer.errors import checks_options
-from jaxtrainer.hyperparameters import flat
 from jaxtrainer.loggers.json_lines import strict
 from jaxtrainer.loggers.logger import Call, Logger, missing
 from jaxtrainer.png import encode_png
@@ -23,6 +22,7 @@ from jaxtrainer.records import (
     Scalars,
     Text,
 )
+from jaxtrainer.settings import flat
 
 _UNKNOWN = re.compile(r"[^\w\-. :/]")
 _LONGEST = 500
@@ -143,7 +143,7 @@ class MLFlowLogger(Logger):
 
     def _write_params(self, record: HyperParameters) -> None:
         # MLflow refuses another value of one that is there.
-        new = {_clean(k): str(v)[:_LONGEST] for k, v in flat(record.values).items()}
+        new = {_clean(k): str(v)[:_LONGEST] for k, v in flat(record.values, "/").items()}
         new = {k: v for k, v in new.items() if k not in self._params}
         params = [self._mlflow.entities.Param(k, v) for k, v in new.items()]
         for start in range(0, len(params), _MOST):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from jaxtrainer.errors import checks_options
-from jaxtrainer.hyperparameters import flat
 from jaxtrainer.loggers.json_lines import strict
 from jaxtrainer.loggers.logger import Call, Logger, directory_of, free_path, missing
 from jaxtrainer.png import encode_png
@@ -30,6 +29,7 @@ from jaxtrainer.records import (
     Text,
     unix_time_s,
 )
+from jaxtrainer.settings import flat
 
 PATTERN = "events.out.tfevents.*"
 _COLOUR_SPACE = {1: 1, 3: 3, 4: 4}
@@ -97,7 +97,8 @@ class TensorBoardLogger(Logger):
             case HyperParameters():
                 shown = f"```json\n{json.dumps(strict(record.values), indent=1)}\n```"
                 self._put(record, self._x.build.text("hyperparameters", shown))
-                for summary in self._x.build.hparams(flat(record.values), {})[:2]:
+                known = {k: _known(v) for k, v in flat(record.values, "/").items()}
+                for summary in self._x.build.hparams(known, {})[:2]:
                     self._put(record, summary)
             case End():
                 self._put(record, self._x.build.hparams({}, {})[2])
@@ -188,3 +189,7 @@ def _move_aside(folder: Path) -> None:
     kept.mkdir()
     for file in earlier:
         file.rename(kept / file.name)
+
+
+def _known(value: Any) -> int | float | str:
+    return value if isinstance(value, int | float | str) else str(value)

@@ -13,13 +13,13 @@ import jax
 
 from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, LoggerWarning
-from jaxtrainer.hyperparameters import of_module
 from jaxtrainer.loggers.logger import Call, Logger
 from jaxtrainer.loggers.outbox import Outbox
 from jaxtrainer.metrics import is_private
 from jaxtrainer.module import TrainModule
 from jaxtrainer.records import End, HyperParameters, Record
 from jaxtrainer.run import Run
+from jaxtrainer.settings import of_module
 
 _CALLS = ("fit", "validate", "test", "predict")
 _COUNTERS = {"step": "global_step", "epoch": "epoch", "samples": "samples"}
