@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtrainer import callbacks, data, errors, loggers, testing
+    from jaxtrainer import callbacks, data, distributed, errors, loggers, testing
     from jaxtrainer.callback import Callback
     from jaxtrainer.callbacks.prediction_writer import read_predictions
     from jaxtrainer.datamodule import DataModule
@@ -40,6 +40,7 @@ __all__ = [
     "build_step",
     "callbacks",
     "data",
+    "distributed",
     "errors",
     "load_params",
     "loggers",
@@ -67,7 +68,7 @@ _HOMES = {
     "read_predictions": "callbacks.prediction_writer",
     "report": "page",
 }
-_MODULES = ("callbacks", "data", "errors", "loggers", "testing")
+_MODULES = ("callbacks", "data", "distributed", "errors", "loggers", "testing")
 
 
 def __getattr__(name: str) -> Any:

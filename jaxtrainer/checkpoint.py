@@ -177,6 +177,8 @@ def last_whole(directory: Path) -> tuple[Path, dict[int, str]]:
     Raises:
         CheckpointCorruptError: If all of them are damaged.
     """
+    # The first look at the devices is one that all processes take together: reading takes it.
+    jax.devices()
     # Of several processes one reads, and says.
     found = _whole_and_damaged(directory) if distributed.is_first() else (None, [])
     step, damaged = distributed.broadcast(found, "last whole checkpoint")

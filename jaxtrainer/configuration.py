@@ -60,8 +60,8 @@ def of_call(
     """Return what a call of the trainer was asked to do."""
     fields = {package: _version(package) for package in _PACKAGES}
     fields["module"] = f"{type(module).__module__}.{type(module).__qualname__}"
-    # Private attributes are the trainer's, or caches.
-    public = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    # The others, `run` and `model`, are what the trainer has made, and private ones may be caches.
+    public = {k: v for k, v in vars(module).items() if k[0] != "_" and not hasattr(TrainModule, k)}
     fields |= {f"{type(module).__name__}.{k}": _text(public[k]) for k in sorted(public)}
     for field in dataclasses.fields(options):
         if field.name not in _OF_ONE_HOST:

@@ -1,7 +1,7 @@
 """The processes of a run: how they find each other, and what they tell each other beside the maths.
 
 `initialize` starts JAX's own runtime, `jax.distributed`; the rest goes through its key-value store
-and its barriers, all with a time limit. Imports `errors` only, and JAX on first use of a device.
+and its barriers, all with a time limit. Imports `errors` and `watch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import socket
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +23,7 @@ from jax._src import distributed as _runtime
 from jax._src import xla_bridge
 
 from jaxtrainer.errors import ConfigError, DistributedError, DistributedTimeoutError
+from jaxtrainer.watch import tell
 
 T = TypeVar("T")
 
@@ -30,6 +34,7 @@ HEARTBEAT_S, SHUTDOWN_S, START_S = 30, 30, 300
 TIMEOUT_S = 300.0
 """How long the processes wait for each other at a barrier, unless it says otherwise."""
 
+_KNOCK_S = 5.0
 _CALL = '`jaxtrainer.distributed.initialize("host:port", num_processes=4, process_id=0)`'
 _counts: dict[str, itertools.count[int]] = {}
 _heartbeat_s = 100.0  # JAX's own, where somebody else has called `jax.distributed.initialize`
@@ -115,6 +120,13 @@ def initialize(
     _heartbeat_s = heartbeat_timeout_s
     # Its handler of SIGTERM is one below Python's, which the trainer's would take the place of.
     jax.config.update("jax_enable_preemption_service", False)
+    if cluster.values and cluster.values["process_id"] > 0:
+        _wait_for_coordinator(cluster, initialization_timeout_s)
+    # JAX ends the process, by SIGABRT, when not all come in time: this is the last moment to speak.
+    late = _timed_out(cluster, initialization_timeout_s)
+    warning = threading.Timer(max(0.0, initialization_timeout_s - 0.5), tell, [late])
+    warning.daemon = True
+    warning.start()
     try:
         jax.distributed.initialize(
             **cluster.values,
@@ -126,7 +138,9 @@ def initialize(
             shutdown_timeout_seconds=shutdown_timeout_s,
         )
     except Exception as error:
-        raise _failed_start(cluster, initialization_timeout_s, error) from error
+        raise DistributedError(f"{late}. JAX says: {_first_line(error)}") from error
+    finally:
+        warning.cancel()
 
 
 def initialize_if_needed() -> None:
@@ -308,16 +322,28 @@ def _check_same(cluster: Cluster) -> None:
             )
 
 
-def _failed_start(cluster: Cluster, timeout_s: float, error: Exception) -> Exception:
+def _wait_for_coordinator(cluster: Cluster, timeout_s: float) -> None:
+    """Return once process 0 listens; JAX would end this process if it never did."""
+    ends, address = time.monotonic() + timeout_s, str(cluster.values["coordinator_address"])
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > ends:
+                late = _timed_out(cluster, timeout_s)
+                raise DistributedTimeoutError(f"{late}. {address}: {error}") from error
+        time.sleep(0.1)
+
+
+def _timed_out(cluster: Cluster, timeout_s: float) -> str:
     values = cluster.values or {"found by": cluster.name}
-    text = f"the processes did not come together ({_said(values)})"
-    if "DEADLINE_EXCEEDED" in str(error) or "UNAVAILABLE" in str(error):
-        return DistributedTimeoutError(
-            f"{text} within {timeout_s} s. Do all of them run, is the address that of process 0, "
-            "and is its port open to them? `initialize(initialization_timeout_s=...)` waits "
-            f"longer. JAX says: {_first_line(error)}"
-        )
-    return DistributedError(f"{text}. JAX says: {_first_line(error)}")
+    return (
+        f"the processes did not come together within {timeout_s} s ({_said(values)}): do all of "
+        "them run, is the address that of process 0, and is its port open to them? "
+        "`initialize(initialization_timeout_s=...)` waits longer"
+    )
 
 
 def _said(values: Mapping[str, Any]) -> str:

@@ -82,7 +82,7 @@ OF_THE_TRAINER = {
     "accelerator": "JAX takes the GPU or TPU it finds; the variable JAX_PLATFORMS chooses.",
     "devices": "Pass `mesh={'data': number_of_devices}`; all of them is the default, and "
     "`sharding=` says what each of them holds.",
-    "num_nodes": "Call `jax.distributed.initialize()` first; the mesh spans all processes.",
+    "num_nodes": "Start it with `jaxtrainer launch` or SLURM; the mesh spans all processes.",
     "strategy": "Write `sharding='ddp'`, which is the default, or `sharding='fsdp'`; for tensor "
     "parallelism `mesh={'data': 2, 'model': 4}` with rules, `sharding={'*/up/kernel': "
     "jax.P(None, 'model')}`.",

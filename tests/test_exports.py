@@ -21,6 +21,7 @@ PUBLIC = [
     "build_step",
     "callbacks",
     "data",
+    "distributed",
     "errors",
     "load_params",
     "loggers",

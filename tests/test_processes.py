@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import saved
 from tests.cluster import Cluster, Outcome, run_cluster
 
 PROGRAM = "tests.process_program"
@@ -133,7 +134,7 @@ def test_failed_save_of_the_first_process_is_raised_on_all(tmp_path: Path):
 @pytest.mark.slow
 def test_damaged_checkpoint_is_passed_over_by_all(tmp_path: Path):
     run("save", tmp_path, 2, "--keep-all")
-    spoil(tmp_path / "step_16")
+    saved.damage(tmp_path / "step_16")
     outcome = run("save", tmp_path, 2, "last")
     assert outcome.same("resumed") == 8
     assert "damaged_step_16" in [path.name for path in tmp_path.iterdir()]
@@ -142,12 +143,3 @@ def test_damaged_checkpoint_is_passed_over_by_all(tmp_path: Path):
 @pytest.mark.slow
 def test_model_of_a_run_is_used_by_each_process_alone():
     assert run("use").same("logits") == [16, 3]
-
-
-def spoil(step: Path) -> None:
-    """Change a byte of the largest file of the parameters."""
-    files = [path for path in (step / "params").rglob("*") if path.is_file() and "d" in path.parts]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 255
-    largest.write_bytes(data)
