@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow test-stores test-loggers check format bench build clean
+.PHONY: help mnist test test-slow test-stores test-loggers check format docs bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,11 @@ format: $(STAMP) ## format, sort imports, apply safe fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) ## build the documentation into site/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	@echo 'open site/index.html'
+
 bench: $(STAMP) ## time the trainer against loops by hand (short form, under 10 minutes)
 	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks loggers saving trust processes; do \
 		PYTHONPATH=. $(BIN)/python benchmarks/$$script.py --short $(ARGS); \
@@ -61,5 +66,5 @@ build: $(STAMP) ## build the wheel and try it away from the source tree
 	.ci/try_wheel $(BIN)/python dist/*.whl
 
 clean: ## remove the environment, builds and caches (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -62,8 +62,8 @@ def once_per_host(job: Callable[[], None], name: str, limit_s: float = TIMEOUT_S
         limit_s: How long to wait.
 
     Raises:
-        JaxTrainerError: In the processes that have waited: the same, or DistributedError where it is
-            none of this package, saying where it failed.
+        JaxTrainerError: In the processes that have waited the same one, or DistributedError where
+            it is none of this package, saying where it failed.
     """
     hosts = distributed.gather(socket.gethostname(), f"{name}/host")
     _run_in(hosts.index(hosts[distributed.index()]) == distributed.index(), job, name, limit_s)

@@ -51,7 +51,17 @@ def rows(text: str) -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+SLOW = {"callbacks", "checkpoints", "data", "debugging", "loggers", "module"}
+SLOW |= {"performance", "precision", "trainer"}
+"""Pages whose programs compile for some seconds, of what other tests train with as well."""
+
+DOCUMENTS = [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem)
+    for path in sorted(DOCS.glob("*.md"))
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
 def test_programs_of_a_document_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
