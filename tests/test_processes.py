@@ -75,6 +75,19 @@ def test_resumed_by_other_numbers_of_processes_ends_at_the_same_bits(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp", "hybrid"])
+def test_divided_state_is_saved_by_all_and_goes_on_anywhere(mesh: str, tmp_path: Path):
+    run("share", tmp_path / "parts", 1, mesh, shape=(2, 4))
+    run("share", tmp_path / "parts", 2, mesh, "last", shape=(1, 8))
+    parts = run("share", tmp_path / "parts", 3, mesh, "last", shape=(4, 2))
+    whole = run("share", tmp_path / "whole", 3, mesh, shape=(2, 4))
+    assert any(parts.same("parts"))
+    assert parts.same("resumed") == 8
+    assert params_by_run(parts) == params_by_run(whole)
+    assert parts.same("tested") == whole.same("tested")
+
+
+@pytest.mark.slow
 def test_callbacks_that_all_ask_to_stop_stop_where_one_process_would():
     outcome = run("stopped", "all")
     assert (outcome.same("step"), outcome.same("reason")) == (5, "enough")

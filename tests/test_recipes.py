@@ -61,7 +61,10 @@ def test_private_names_are_found(line: str):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_recipe_is_short(path: Path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 210
+    """Without what it says about itself, and blank lines."""
+    source = path.read_text(encoding="utf-8")
+    header = ast.get_docstring(ast.parse(source), clean=False) or ""
+    assert len([line for line in source.replace(header, "").splitlines() if line]) <= 160
 
 
 def test_every_recipe_is_in_the_list():
