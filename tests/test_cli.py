@@ -303,7 +303,7 @@ def test_commands_of_the_document_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name, content in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)^```", text, re.M | re.S):
+    for name, content in re.findall(r"^`(\S+)`:\n\n```\w+[^\n]*\n(.*?)^```", text, re.M | re.S):
         Path(name).write_text(content)
     [block] = re.findall(r"^```sh run\n(.*?)^```", text, re.M | re.S)
     for line in block.replace("\\\n", "").splitlines():
