@@ -87,7 +87,8 @@ def _run_in(is_chosen: bool, job: Callable[[], None], name: str, limit_s: float)
         raise error
     for process, failure in enumerate(failures):
         if failure is not None:
-            raise _as_told(*failure, f"{name} failed in process {process}")
+            kind, text = failure
+            raise _as_told(kind, text, f"{name} failed in process {process}")
 
 
 def _as_told(kind: str, text: str, where: str) -> Exception:

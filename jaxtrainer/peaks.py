@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+
 Arithmetic = Literal["bf16", "fp16", "tf32", "fp32"]
 
 _T = 1e12
@@ -126,6 +128,7 @@ def arithmetic_of(precision: str, products: str | None) -> Arithmetic:
         return "bf16"
     if precision.startswith("16"):
         return "fp16"
+    products = products or jax.config.values["jax_default_matmul_precision"]
     return "fp32" if products in _WHOLE_FLOAT32 else "tf32"
 
 

@@ -30,7 +30,7 @@ from jaxtrainer.manual import refuse_options
 from jaxtrainer.module import thaw
 from jaxtrainer.offload import hosted, refuse_offload
 from jaxtrainer.optim import Optimizer, owners, parse_optimizers, resolve
-from jaxtrainer.peaks import Arithmetic, arithmetic_of
+from jaxtrainer.peaks import arithmetic_of
 from jaxtrainer.plan import Plan, plan_of
 from jaxtrainer.programs import (
     batch_spec,
@@ -41,7 +41,6 @@ from jaxtrainer.programs import (
     spec_in_chunk,
     specs_of_chunk,
 )
-from jaxtrainer.run import Run
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import check_batch_size, replicated
 from jaxtrainer.state import flat_items
@@ -145,7 +144,7 @@ class TracedStep:
             modules=session.initializer.adapter.types,
             count_modules=self._counter(session.mesh.size),
             mesh=dict(session.mesh.shape),
-            arithmetic=_arithmetic(session.run),
+            arithmetic=arithmetic_of(session.run.precision, session.run.matmul_precision),
             accelerator=accelerator,
         )
 
@@ -232,11 +231,6 @@ def _counted(
     return Counted(
         {path: some.divided(num_devices) for path, some in flops.items()}, size / num_devices
     )
-
-
-def _arithmetic(run: Run) -> Arithmetic:
-    asked = getattr(run, "matmul_precision", None)
-    return arithmetic_of(run.precision, asked or jax.config.values["jax_default_matmul_precision"])
 
 
 def _update_hooks(session: Session) -> tuple[UpdateHook, ...]:

@@ -61,7 +61,7 @@ def read_picture(path: Path) -> np.ndarray:
         grey = ImageOps.invert(grey)
     if grey.size == (28, 28):
         return np.asarray(grey)
-    ink = grey.point(lambda value: 255 * (value > 127)).getbbox()
+    ink = Image.fromarray(np.uint8(np.asarray(grey) > 127)).getbbox()
     if ink is None:
         raise ImageError(f"{path} is blank: no pixel stands out from the background")
     # As in MNIST: 20 x 20 pixels, placed so that the centre of mass is the middle of 28 x 28.

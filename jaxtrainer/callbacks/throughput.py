@@ -12,13 +12,11 @@ import jax
 
 from jaxtrainer.callback import Callback
 from jaxtrainer.errors import ConfigError, checks_options
-from jaxtrainer.peaks import Arithmetic, peak_of
+from jaxtrainer.peaks import arithmetic_of, peak_of
 from jaxtrainer.run import Run
 from jaxtrainer.types import PyTree, Stage
 
 _PAUSES = ("validate", "checkpoint", "compile")
-_WHOLE_FLOAT32 = ("highest", "float32")
-"""Values of `jax_default_matmul_precision` for which products are not shortened."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,9 @@ class Throughput(Callback):
             flops = run.plan.flops * len(devices)
         self.flops_per_batch = flops if flops > 0.0 and math.isfinite(flops) else None
         known = peak_of(devices[0].device_kind)
-        peak = self.peak_flops or (known.of(_arithmetic(run)) if known else None)
+        peak = self.peak_flops or (
+            known.of(arithmetic_of(run.precision, run.matmul_precision)) if known else None
+        )
         self._total_peak = None if peak is None else peak * len(devices)
         if self.prog_bar:
             unit = "samples" if self._tokens is None else "tokens"
@@ -175,13 +175,6 @@ def _positive(name: str, value: float | None) -> float | None:
     if value is not None and not (is_number and 0.0 < value < math.inf):
         raise ConfigError(f"{name} must be a positive number, got {value!r}.")
     return value
-
-
-def _arithmetic(run: Run) -> Arithmetic:
-    if run.precision != "32-true":
-        return "bf16" if run.precision.startswith("bf16") else "fp16"
-    asked = run.matmul_precision or jax.config.values["jax_default_matmul_precision"]
-    return "fp32" if asked in _WHOLE_FLOAT32 else "tf32"
 
 
 def _mark(run: Run) -> _Mark:
