@@ -8,8 +8,9 @@ average of the weights, which is steadier than the weights themselves.
 
 The score is the Frechet distance between the pixels of 10,000 drawings and those of the test
 digits: of two normal distributions with their means and covariances. It tells how varied they are;
-how sharp they are is for the eye. Other real digits have 0.4, and ones alone 48; drawings with seeds
-0, 1, 2 have 12.73, 10.76, 13.24. It takes 4 minutes of CPU time (2 cores, no GPU). Seed 0 prints:
+how sharp they are is for the eye. Other real digits have 0.4, and ones alone 48; drawings with
+seeds 0, 1, 2 have 12.73, 10.76, 13.24. It takes 4 minutes of CPU time (2 cores, no GPU). Seed 0
+prints, at the end:
 
     Frechet distance to the test digits: 12.73
     drawings: runs/mnist_gan
