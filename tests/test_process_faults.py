@@ -5,6 +5,7 @@ The bounds on the time are those of the heartbeat, 30 s, and of the limits that 
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from jaxtrainer.rundir import saved_steps
-from tests.cluster import Cluster, Outcome, run_cluster
+from tests import network
+from tests.cluster import ROOT, Cluster, Outcome, run_cluster
 
 PROGRAM = "tests.peers_program"
 HEARTBEAT_S = 30.0
@@ -128,6 +130,26 @@ def test_slow_process_is_named_once(culprit: int):
     assert notices[1] == []
     (told,) = notices[0]
     assert told.startswith(f"process {culprit} of 2 holds the others up: a batch takes it ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not network.is_possible(), reason="takes root and network namespaces")
+@pytest.mark.parametrize("cut_s", [5.0, 2 * HEARTBEAT_S], ids=["blip", "partition"])
+def test_network_may_be_away_for_less_than_the_heartbeat(cut_s: float, tmp_path: Path):
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "HOME": str(tmp_path)}
+    with network.Hosts() as hosts:
+        processes = hosts.start(PROGRAM, "train", "12", **env)
+        for process in processes:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            assert any(IN_TRAINING in line for line in lines), process.communicate()
+        hosts.cut()
+        time.sleep(cut_s)
+        hosts.join()
+        ends = [process.communicate(timeout=120.0)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert codes == ([0, 0] if cut_s < HEARTBEAT_S else [75, 75]), "\n".join(ends)
 
 
 def saved(directory: Path) -> list[int]:
