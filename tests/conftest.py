@@ -6,6 +6,7 @@ Runs before anything imports JAX, which reads its variables once, at import.
 import contextlib
 import functools
 import os
+import signal
 import sys
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before the environment was set"
@@ -22,6 +23,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXTRAINER_TEST_PLATFORMS", "cpu")
 # A cached executable would hide a second compilation from the tests that count them.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# A suite that a script starts in the background inherits an ignored Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402 (the variables above come first)
 import numpy as np  # noqa: E402
