@@ -32,8 +32,9 @@ from jaxtrainer.programs import (
 from jaxtrainer.session import Session
 from jaxtrainer.shapes import described, shape_of
 from jaxtrainer.sharding import replicated
-from jaxtrainer.step import Program, StepOptions, build_eval_step, build_predict_step
+from jaxtrainer.step import Program, build_eval_step, build_predict_step
 from jaxtrainer.types import PyTree, Stage
+from jaxtrainer.users_step import StepOptions
 
 _MAX_STEPS = 32
 """Batches of a dispatch, whose duration nothing measures here."""

@@ -42,9 +42,10 @@ from jaxtrainer.state import (
     flat_items,
     size_of,
 )
-from jaxtrainer.step import StepOptions, step_fn
+from jaxtrainer.step import step_fn
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, init_opt_state
+from jaxtrainer.users_step import StepOptions
 
 _SMALL_MODEL = 50_000_000
 """Parameters up to which initialisation compiles without optimisation: it runs once."""

@@ -23,8 +23,8 @@ from jaxtrainer.module import thaw
 from jaxtrainer.programs import named_step
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import batch_sharding, place
-from jaxtrainer.step import StepOptions
 from jaxtrainer.update import OptimizerOptions
+from jaxtrainer.users_step import StepOptions
 
 _ARGUMENTS = ("params", "model_state", "batch", "rng", "batch_count", "opt_state", "epoch", "scale")
 _OUTPUTS = ("gradients", "loss", "model_state", "row", "weights", "weight")

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxtrainer import distributed
@@ -30,7 +29,6 @@ from jaxtrainer.chunks import ReadOptions
 from jaxtrainer.data import IndexedSource, MapSource, Source, first_batches, open_source
 from jaxtrainer.datamodule import DataHooks, DataModule, Loaders
 from jaxtrainer.dispatch import Dispatch
-from jaxtrainer.errors import CheckpointMismatchError
 from jaxtrainer.feed import Feed
 from jaxtrainer.hooks import CallbackList
 from jaxtrainer.interrupts import Interrupts
@@ -41,8 +39,8 @@ from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
 from jaxtrainer.partition import build_layout
 from jaxtrainer.peers import peers_of
+from jaxtrainer.position import check_data, record_of, resume
 from jaxtrainer.programs import Initializer, shardings
-from jaxtrainer.record import base_record
 from jaxtrainer.rows import of_this_process
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size
@@ -51,8 +49,6 @@ from jaxtrainer.types import PyTree, Stage
 from jaxtrainer.waiting import Patience
 from jaxtrainer.weights import restore_variables
 
-_COUNTERS = ("epoch", "batch_idx", "global_step", "total_batches", "samples")
-_VALIDATION = ("validated_batches", "validated_at_s", "owes_validation")
 _OPTION = {"train": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -111,7 +107,7 @@ class Session:
         self._init: Initializer | None = None
         self.advise: Callable[[], Sequence[str]] | None = None
         if self.record is not None and stage == "fit":
-            self._resume(self.record)
+            resume(self.run, self.record)
         self.run.follow(accumulation_of(options.accumulate, self.hooks.accumulations))
         if options.cache_dir is not None and not use_compilation_cache(options.cache_dir):
             self.run.notice(f"no cache of compiled programs: {options.cache_dir} is not writable")
@@ -267,33 +263,8 @@ class Session:
 
     def capture(self, dispatch: Dispatch) -> Snapshot:
         """Return everything that decides the next number."""
-        run = self.run
-        loop = {name: getattr(run, name) for name in _COUNTERS}
-        loader_state = run.loader_state
-        if run.is_epoch_end:
-            loop.update(epoch=run.epoch + 1, batch_idx=0)
-            loader_state = None
-        user: dict[str, Any] = {}
-        self.hooks.on_save_checkpoint(run, user)
-        record = {
-            **base_record(),
-            "loop": {**loop, "elapsed_s": run.elapsed_s},
-            "validation": {name: getattr(run, name) for name in _VALIDATION},
-            "data": {
-                **_data_record(self._feeds[0]),
-                **_shapes_record(self._feeds[0]),
-                "loader_state": loader_state,
-            },
-            "program": {
-                "fused": dispatch.fused,
-                "capacity": dispatch.capacity,
-                "steps": dispatch.steps,
-            },
-            "metrics": run.metrics,
-            "callbacks": self.hooks.state_dict(),
-            "user": user,
-        }
-        return Snapshot(state=run.state, record=record)
+        record = record_of(self.run, self.hooks, self._feeds[0], dispatch)
+        return Snapshot(state=self.run.state, record=record)
 
     def _open(self, loader: Any, stage: Stage, *, name: str | None = None, **how: Any) -> Feed:
         label = stage if name is None else f"{stage} {name!r}"
@@ -336,14 +307,8 @@ class Session:
                 f"the last {feed.ragged_rows} samples of each epoch make no whole batch and are "
                 "left out of training (a shuffled loader leaves out others each time)"
             )
-        saved = (self.record or {}).get("data", {})
-        for name, here in _data_record(feed).items():
-            if name in saved and saved[name] != here:
-                raise CheckpointMismatchError(
-                    f"{self.path} was saved with a training loader of {name}={saved[name]!r}, "
-                    f"now it is {here!r}: the position in the data would mean other samples. "
-                    "Use the same loader, or start a new run from the checkpoint's weights."
-                )
+        if self.record is not None:
+            check_data(self.record, feed, self.path)
 
     def _load_user_data(self) -> None:
         """Hand out what hooks have saved, before any of it is needed or read by a trace."""
@@ -364,17 +329,6 @@ class Session:
         finally:
             if self.data is not None:
                 self.data.datamodule.on_exception(error)
-
-    def _resume(self, record: dict[str, Any]) -> None:
-        run, loop = self.run, record["loop"]
-        for name in _COUNTERS:
-            setattr(run, name, loop[name])
-        for name, value in record.get("validation", {}).items():
-            setattr(run, name, value)
-        run.loader_state = record["data"]["loader_state"]
-        run.elapsed_before_s = loop["elapsed_s"]
-        run.metrics.update(record["metrics"])
-        run.resumed_step = run.global_step
 
     def _leave_loaders(self) -> None:
         if any(feed.is_stuck for feed in self._feeds):
@@ -402,17 +356,3 @@ def _hook_of(error: BaseException) -> str:
         if name in names and isinstance(owner, Callback | TrainModule | DataModule):
             found = f"{type(owner).__name__}.{name}"
     return found
-
-
-def _data_record(feed: Feed) -> dict[str, Any]:
-    loader = getattr(feed.source, "loader", None)
-    names = {"seed": "order_seed", "num_samples": "num_samples"}
-    known = {name: getattr(loader, attribute, None) for name, attribute in names.items()}
-    # Of a user's loader these may be anything: only numbers say which samples there are.
-    numbers = {k: int(v) if isinstance(v, int | np.integer) else None for k, v in known.items()}
-    rows = feed.rows if feed.shapes is None else feed.shapes.rows
-    return {"batch_size": rows, **numbers}
-
-
-def _shapes_record(feed: Feed) -> dict[str, Any]:
-    return {} if feed.shapes is None else {"shapes": feed.shapes.used}

@@ -1,7 +1,8 @@
 """Everything that is traced: the training, evaluation and prediction programs.
 
 One call of the training program runs up to K steps: gather or slice the batch, the user's
-step, gradients, accumulation, clipping, optimiser, metrics. May import levels 0 to 2.
+step (`users_step.py`), gradients, accumulation, clipping, optimiser, metrics. May import levels 0
+to 2.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,54 +21,24 @@ from jax import lax
 from jaxtrainer.averaging import Averaging, update_average
 from jaxtrainer.control import APPLY, ENDS_EPOCH, ENDS_WINDOW, EPOCH, LEFT_OUT, RESET, START, STOP
 from jaxtrainer.errors import LogError
-from jaxtrainer.flax_metrics import refuse_kept
 from jaxtrainer.guard import Guard, guard_row, guard_specs, judge, num_trained, settle, withhold
-from jaxtrainer.layout import Layout
 from jaxtrainer.loss_scale import loss_scale, scaled_grad
-from jaxtrainer.manual import Updates, refuse_changed_params
+from jaxtrainer.manual import Updates
 from jaxtrainer.metrics import MetricSpec, Recorder, Totals
-from jaxtrainer.module import TrainModule, step_name, tracing
+from jaxtrainer.module import tracing
 from jaxtrainer.offload import to_device, to_host
 from jaxtrainer.optim import join
 from jaxtrainer.outputs import (
-    batch_weight,
     check_predictions,
     noting,
     refuse_leaked,
-    step_outputs,
 )
-from jaxtrainer.precision import Precision, matmuls_in, tracing_matmuls
+from jaxtrainer.precision import matmuls_in, tracing_matmuls
 from jaxtrainer.scopes import scopes_of
-from jaxtrainer.state import Adapter, Nested, TrainState
+from jaxtrainer.state import Nested, TrainState
 from jaxtrainer.types import Array, PyTree, Stage
-from jaxtrainer.update import OptimizerOptions, like, optimise, update_specs
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """What the programs of one call of the trainer have in common.
-
-    Attributes:
-        layout: Where the state lives.
-        capacity: Batches a chunk holds.
-        traced: Traced parts of the callbacks.
-        arguments: What the user's step gets beside model and batch: the loader's name.
-        matmul_precision: Of matrix products: see `Trainer`; None leaves it to JAX.
-        offloads: Whether the optimiser's state comes from the host, and goes back there. Then
-            steps run one by one.
-    """
-
-    module: TrainModule
-    adapter: Adapter
-    precision: Precision
-    layout: Layout
-    traced: Sequence[Callable[..., None]] = ()
-    transform: Callable[[PyTree], PyTree] | None = None
-    resident: bool = False
-    capacity: int = 1
-    arguments: Mapping[str, str] = field(default_factory=dict)
-    matmul_precision: str | None = None
-    offloads: bool = False
+from jaxtrainer.update import OptimizerOptions, optimise, update_specs
+from jaxtrainer.users_step import StepOptions, UsersStep, num_rows, prepared
 
 
 @dataclass(kw_only=True)
@@ -218,14 +189,14 @@ def build_train_step(
 
 def step_fn(
     options: StepOptions, optimizer: OptimizerOptions
-) -> tuple[Callable[..., Any], _Traced]:
+) -> tuple[Callable[..., Any], UsersStep]:
     """Return the user's step with its gradients, and what is known of it once it is traced.
 
     It gives `(gradients, loss, model_state, row, weights, weight)`; of a step that makes its own
     updates, `(params, opt_state, checked)` is the first, with what must be finite besides. With a
     scale the loss is scaled for the derivative, and no result is.
     """
-    trace = _Traced(options, "train")
+    trace = UsersStep(options, "train")
 
     def gradients(
         params: Nested, model_state: Nested, batch: PyTree, key: Array, scale: Array | None
@@ -269,13 +240,13 @@ def build_eval_step(
     They return `(totals, rows)`, with shapes as in `build_train_step`; `totals` is
     `[4, num_metrics]` float32.
     """
-    trace = _Traced(options, stage)
+    trace = UsersStep(options, stage)
 
     def forward(params: Nested, model_state: Nested, batch: PyTree) -> tuple[Array, Array]:
         _, (_, row, weights, _) = trace.run(params, model_state, batch, None)
         return row, weights
 
-    num_rows, inner = _rows(batch), jax.jit(forward, inline=True)
+    count, inner = num_rows(batch), jax.jit(forward, inline=True)
     with matmuls_in(options.matmul_precision):
         refuse_leaked(jax.make_jaxpr(inner)(params, model_state, batch).consts, trace.where)
     totals = Totals(tuple(trace.recorder.specs.values()))
@@ -288,7 +259,7 @@ def build_eval_step(
 
         def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             sums, rows = carry
-            given = _take(options, resident, chunk, i, num_rows)
+            given = _take(options, resident, chunk, i, count)
             row, weights = inner(params, model_state, given)
             at = i if length > 1 else 0
             rows = lax.dynamic_update_index_in_dim(rows, totals.scalars(row), at, 0)
@@ -315,7 +286,7 @@ def build_predict_step(options: StepOptions, rows: int) -> Callable[..., PyTree]
     def program(
         params: Nested, model_state: Nested, resident: PyTree, chunk: PyTree, index: Array
     ) -> PyTree:
-        batch = _prepare(options, _take(options, resident, chunk, index, rows))
+        batch = prepared(options, _take(options, resident, chunk, index, rows))
         where = f"{type(module).__name__}.predict_step"
         with scopes_of(options.adapter):
             given = options.layout.whole_params(options.precision.cast_params(params))
@@ -327,70 +298,6 @@ def build_predict_step(options: StepOptions, rows: int) -> Callable[..., PyTree]
         return predictions
 
     return program
-
-
-class _Traced:
-    """Runs the user's step while tracing, and keeps what it logged and returned (as shapes)."""
-
-    def __init__(self, options: StepOptions, stage: Stage) -> None:
-        self.options = options
-        self.stage: Stage = stage
-        name = step_name(options.module, stage)
-        self.step = getattr(options.module, name)
-        self.where = f"{type(options.module).__name__}.{name}"
-        self.outputs: Mapping[str, Any] = {}
-
-    def run(
-        self,
-        params: Nested,
-        model_state: Nested,
-        batch: PyTree,
-        key: Array | None,
-        updates: Updates | None = None,
-    ) -> Any:
-        """Return `(loss, (model_state, row, weights, batch weight))`.
-
-        With `updates` the step makes them itself, and they have the parameters after it.
-        """
-        options, training = self.options, self.stage == "train"
-        batch = _prepare(options, batch)
-        given = options.precision.cast_params(params) if updates is None else updates.given
-        given = given if updates is not None else options.layout.whole_params(given)
-        rows = _rows(batch)
-        self.recorder = recorder = Recorder(self.stage, default_weight=float(rows))
-
-        def run(given: Nested, recorder: Recorder) -> tuple[Any, Nested, Nested, Any]:
-            model = options.adapter.merge(given, model_state, training=training)
-            if updates is not None:
-                updates.model = model
-            with noting(self.where, batch), tracing(options.module, recorder, key, updates):
-                returned = self.step(model, batch, **options.arguments)
-                needs_loss = training and updates is None
-                outputs = step_outputs(returned, self.where, training=needs_loss)
-            # A model that cannot be changed in place is the one that the step returns.
-            last = outputs.pop("model", model if updates is None else updates.model)
-            last = last if training else model
-            return outputs, *options.adapter.read_back(last, where=self.where), model
-
-        with scopes_of(options.adapter):
-            outputs, after, new_state, model = run(given, recorder)
-            if updates is not None:
-                updates.finish(after)
-            elif training:
-                # A recorder takes what is logged in the trace that it was made in.
-                refuse_changed_params(
-                    given, after, self.where, lambda given: run(given, Recorder(self.stage))[1]
-                )
-        refuse_kept(recorder.metrics, model, self.where)
-        loss = outputs.get("loss", jnp.zeros(()))
-        for traced in options.traced:
-            traced(self.stage, outputs, batch, recorder.log)
-        if "loss" in outputs and not any(n.split("/")[-1] == "loss" for n in recorder.specs):
-            recorder.log("loss", loss)
-        self.outputs = {k: _shapes(v) for k, v in outputs.items()}
-        weight = batch_weight(outputs, self.where, float(rows))
-        state = like(model_state, new_state) if training else model_state
-        return loss, (state, recorder.row(), recorder.weight_row(), weight)
 
 
 def _refuse_twice(specs: Sequence[MetricSpec]) -> None:
@@ -422,20 +329,3 @@ def _take(
     if not options.resident:
         return batch
     return jax.tree.map(lambda a: a.at[batch].get(mode="promise_in_bounds"), resident)
-
-
-def _prepare(options: StepOptions, batch: PyTree) -> PyTree:
-    batch = options.layout.divided_batch(batch)
-    batch = options.transform(batch) if options.transform else batch
-    return options.precision.cast_to_compute(batch)
-
-
-def _rows(batch: PyTree) -> int:
-    leaves = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
-    return leaves[0].shape[0] if leaves else 1
-
-
-def _shapes(value: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, value
-    )

@@ -44,9 +44,10 @@ from jaxtrainer.programs import (
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import check_batch_size, replicated
 from jaxtrainer.state import flat_items
-from jaxtrainer.step import StepOptions, build_train_step
+from jaxtrainer.step import build_train_step
 from jaxtrainer.types import PyTree
 from jaxtrainer.update import OptimizerOptions, UpdateHook
+from jaxtrainer.users_step import StepOptions
 from jaxtrainer.virtual import is_virtual
 
 

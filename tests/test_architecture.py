@@ -110,6 +110,7 @@ LEVELS = {
     "jaxtrainer.state": 2,
     "jaxtrainer.summary": 2,
     "jaxtrainer.update": 2,
+    "jaxtrainer.users_step": 2,
     "jaxtrainer.validation": 2,
     "jaxtrainer.checkpoint": 3,
     "jaxtrainer.store": 3,
@@ -131,6 +132,7 @@ LEVELS = {
     "jaxtrainer.replay": 6,
     "jaxtrainer.shortage": 6,
     "jaxtrainer.pretrained": 6,
+    "jaxtrainer.position": 5,
     "jaxtrainer.session": 6,
     "jaxtrainer.testing": 6,
     "jaxtrainer.traced": 6,
@@ -154,6 +156,7 @@ FORBIDDEN = {
         "jaxtrainer.checkpoint",
         "jaxtrainer.loggers",
         "jaxtrainer.step",
+        "jaxtrainer.users_step",
     ],
 }
 
