@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow test-stores test-loggers check format docs bench build clean
+.PHONY: help mnist test test-slow test-docs test-stores test-loggers check format docs bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: $(STAMP) ## run the quick tests
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not stores and not loggers' $(ARGS)
+
+test-docs: $(STAMP) ## run every program of the documentation
+	$(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/test_docs.py $(ARGS)
 
 test-stores: $(STAMP) ## run the tests of checkpoints in gs:// and s3://, with servers of their own
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group stores

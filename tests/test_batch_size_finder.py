@@ -142,6 +142,7 @@ def test_notice_says_what_was_found(num_samples: int, words: str):
     assert words in line
 
 
+@pytest.mark.slow
 def test_more_memory_finds_a_larger_batch():
     small, large = (BatchSizeFinder(memory_bytes=LINE * k) for k in (1, 4))
     tuned(small)
@@ -229,6 +230,7 @@ def test_function_makes_the_loader():
     assert result.num_samples == 4 * (finder.batch_size or 0)
 
 
+@pytest.mark.slow
 def test_transform_on_the_device_stays():
     halved = data.on_device(tiny.make_loader(64, 2), lambda b: {**b, "x": b["x"] / 2})
     finder = BatchSizeFinder(memory_bytes=LINE)
@@ -238,6 +240,7 @@ def test_transform_on_the_device_stays():
     tiny.assert_same_bits(state, tiny.fit(same, max_epochs=1)[1])
 
 
+@pytest.mark.slow
 def test_size_is_found_on_several_devices():
     finder = BatchSizeFinder(memory_bytes=LINE)
     tuned(finder, mesh={"data": 8})
@@ -248,6 +251,7 @@ def test_size_is_found_on_several_devices():
     assert finder.batch_size > (alone.batch_size or 0)
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_with_the_size_that_was_found(tmp_path: Any):
     def make() -> Any:
         return BatchSizeFinder(memory_bytes=LINE, max_val=8), Checkpoint(tmp_path / "run")
@@ -263,6 +267,7 @@ def test_resumed_run_goes_on_with_the_size_that_was_found(tmp_path: Any):
     tiny.assert_same_bits(state, expected)
 
 
+@pytest.mark.slow
 def test_batch_size_is_found_before_the_learning_rate():
     class Rated(tiny.Tiny):
         learning_rate = 1e-3

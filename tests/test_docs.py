@@ -51,9 +51,9 @@ def rows(text: str) -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
-SLOW = {"callbacks", "checkpoints", "data", "debugging", "loggers", "module"}
+SLOW = {"callbacks", "checkpoints", "data", "debugging", "guarantees", "loggers", "module"}
 SLOW |= {"performance", "precision", "trainer"}
-"""Pages whose programs compile for some seconds, of what other tests train with as well."""
+"""Pages whose programs compile for some seconds; `make test-docs` runs those of all pages."""
 
 DOCUMENTS = [
     pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW), id=path.stem)

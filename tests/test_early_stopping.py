@@ -142,6 +142,7 @@ def test_series_that_nothing_logs_is_named_with_those_that_exist():
         fit(User(), EarlyStopping("valid/f1"), val=False)
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_counting(tmp_path):
     values = [0.5, 0.4, 0.6, 0.7, 0.8, 0.9]
     whole = EarlyStopping("val/score", patience=4)

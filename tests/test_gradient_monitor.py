@@ -161,6 +161,7 @@ def test_monitor_has_the_latest_update_under_accumulation(every: int, clip: floa
         assert result.history.step["train/grad_norm"].values[: len(series)] == series
 
 
+@pytest.mark.slow
 def test_monitor_survives_a_resume(tmp_path: Path):
     options: Any = {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0, "log_every_n_steps": 4}
     whole, expected = tiny.fit(callbacks=[GradientMonitor()], max_epochs=2, **options)
@@ -183,6 +184,7 @@ def test_monitor_leaves_training_alone(monitor: Callback | None):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_monitor_does_not_depend_on_the_kind_of_dispatch():
     (fused, _), (single, _) = (
         tiny.fit(callbacks=[GradientMonitor()], max_epochs=2, steps_per_dispatch=n) for n in (4, 1)

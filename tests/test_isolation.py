@@ -67,6 +67,7 @@ def test_signal_in_a_callback_that_is_not_critical_ends_the_run():
         fit(Fragile("on_train_epoch_end", KeyboardInterrupt))
 
 
+@pytest.mark.slow
 def test_next_fit_tries_the_callback_again():
     callback = Fragile("on_train_epoch_end")
     for _ in range(2):

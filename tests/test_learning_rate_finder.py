@@ -92,8 +92,8 @@ def found_in(module: TrainModule, loader: Any = None, **options: Any) -> Learnin
     ("make_loader", "steps"),
     [
         (tiny.make_loader, 4),
-        (tiny.make_loader, 1),
-        (tiny.make_batches, 4),
+        pytest.param(tiny.make_loader, 1, marks=pytest.mark.slow),
+        pytest.param(tiny.make_batches, 4, marks=pytest.mark.slow),
         (Reshuffled, 4),
         (lambda: iter(tiny.make_batches(16)), 4),
         (lambda: data.on_device(Reshuffled(), lambda batch: {**batch, "x": batch["x"] / 2}), 4),
@@ -158,6 +158,7 @@ def test_rates_count_updates_when_gradients_accumulate():
     np.testing.assert_allclose(finder.raw_losses, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_suggestion_does_not_depend_on_the_devices(devices: int):
     finder = LearningRateFinder(num_training_steps=20, max_lr=10.0)
@@ -208,6 +209,7 @@ def test_class_attribute_is_not_shadowed_by_the_test():
     assert "learning_rate" not in vars(module)
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_the_rate_that_was_found(tmp_path: Any):
     def make() -> Any:
         return LearningRateFinder(num_training_steps=20), Checkpoint(tmp_path / "run")
@@ -387,6 +389,7 @@ class Manual(Rated):
         return loss
 
 
+@pytest.mark.slow
 def test_step_that_makes_its_own_update_is_tested():
     finder = found_in(module := Manual())
     assert len(finder.raw_losses) == 20
@@ -407,6 +410,7 @@ def test_optimiser_that_does_not_make_one_update_a_step_is_refused(module: Any, 
         found_in(module)
 
 
+@pytest.mark.slow
 def test_trained_module_is_where_a_second_test_starts():
     first, second = Rated(0.01), Rated(0.01)
     for module in (first, second):

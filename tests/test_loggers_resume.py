@@ -83,6 +83,7 @@ def test_lines_after_the_step_that_is_resumed_are_cut_and_kept_beside(
         assert kept.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_run_that_goes_back_to_a_checkpoint_writes_each_step_once(in_tmp_path: Path):
     tmp_path = in_tmp_path / "run"
     batches = tiny.make_batches(24)

@@ -65,7 +65,7 @@ def test_scale_falls_until_gradients_fit_and_rises_again():
     assert result.history.step[SKIPPED].values == [1, 2, 3, 3, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_overflow_leaves_everything_else_untouched(accumulate: int):
     batches: Any = batches_with((4, 5), num=6, value=np.inf)
     options: Any = {"accumulate_grad_batches": accumulate, "callbacks": [EMA(0.9)]}
@@ -119,7 +119,7 @@ def test_fused_steps_are_those_one_by_one():
     tiny.assert_same_bits(fused, single)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_resume_is_the_uninterrupted_run_while_the_scale_grows(accumulate: int, tmp_path: Path):
     options: Any = {
         "precision": half(init_scale=2.0**16, growth_interval=5),

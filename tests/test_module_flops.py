@@ -230,6 +230,7 @@ def test_model_that_cannot_be_traced_again_trains_without_the_column():
     assert (dict(vars(tiny.Net)), dict(vars(nnx.Linear))) == before
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_a_summary():
     _, plain = tiny.fit(max_epochs=1)
     module = tiny.Tiny()

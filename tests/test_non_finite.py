@@ -180,6 +180,7 @@ def test_updates_of_the_step_itself_are_skipped_too():
     tiny.assert_same_bits(trained(runs[0][1]), trained(runs[1][1]))
 
 
+@pytest.mark.slow
 def test_average_goes_on_as_without_the_batch():
     batches = batches_with((2,))
     runs = [
@@ -221,6 +222,7 @@ def restore(
     return tiny.fit(batches, callbacks=callbacks, max_epochs=2, log_every_n_steps=1)
 
 
+@pytest.mark.slow
 def test_restoring_is_training_without_the_batch(tmp_path: Path):
     batches = batches_with((5,))
     seen = Notices()

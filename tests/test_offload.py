@@ -40,7 +40,11 @@ def fit(*callbacks: Callback, offload: bool = True, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"accumulate_grad_batches": 2}, {"mesh": {"data": 2}}],
+    [
+        {},
+        pytest.param({"accumulate_grad_batches": 2}, marks=pytest.mark.slow),
+        {"mesh": {"data": 2}},
+    ],
     ids=["plain", "window", "mesh"],
 )
 def test_training_is_the_same_with_the_state_on_the_host(options: Any):

@@ -56,6 +56,7 @@ def test_success_leaves_nothing(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_open_accumulation_window_is_saved(tmp_path: Path):
     whole, resumed = Probe(), Probe()
     fit(whole, accumulate_grad_batches=4)
@@ -64,6 +65,7 @@ def test_open_accumulation_window_is_saved(tmp_path: Path):
     assert_same_bits(resumed.state, whole.state)
 
 
+@pytest.mark.slow
 def test_second_crash_keeps_the_first_checkpoint(tmp_path: Path):
     first, _ = crash(tmp_path / "crash")
     second, _ = crash(tmp_path / "crash", batches=4)

@@ -78,6 +78,7 @@ def test_batch_size_that_is_advised_fits_and_a_larger_one_does_not(
     assert peak_at(fits + ROWS // 8) > limit * (1 - shortage.MARGIN)
 
 
+@pytest.mark.slow
 def test_accumulation_that_is_advised_makes_up_for_the_smaller_batch(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -87,6 +88,7 @@ def test_accumulation_that_is_advised_makes_up_for_the_smaller_batch(
     assert times * fits >= 2 * ROWS
 
 
+@pytest.mark.slow
 def test_precision_and_rematerialisation_have_figures(monkeypatch: pytest.MonkeyPatch):
     notes = run_out(monkeypatch, peak_at(ROWS) * 2 // 3)
     half = shortage.format_bytes(peak_at(ROWS, precision="bf16-mixed"))

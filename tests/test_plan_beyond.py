@@ -206,6 +206,7 @@ def test_mesh_that_is_chosen_fits_and_is_the_fastest_that_does(whole: Plan):
     assert found.reason.startswith("Shortest step of the")
 
 
+@pytest.mark.slow
 def test_mesh_is_divided_along_model_only_where_rules_say_so():
     rules = {"blocks/*/up/kernel": P(None, "model"), "blocks/*/down/kernel": P("model", None)}
     module, accelerator = Decoder(layers=1), "h100"

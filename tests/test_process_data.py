@@ -17,6 +17,7 @@ from jaxtrainer.callbacks.prediction_writer import read_predictions
 from tests.cluster import Outcome, run_cluster
 from tests.data_program import ROWS, SIZE, arrays, loader
 
+pytestmark = pytest.mark.slow
 PROGRAM = "tests.data_program"
 KINDS = ("resident", "gathered", "list", "records", "iter", "stream", "own")
 RAGGED = (1, 9)
@@ -130,7 +131,6 @@ def test_loader_that_differs_between_processes_is_refused(two: Any, name: str, p
     assert all(part in text for text in said), said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 4), (4, 2)])
 def test_every_loader_on_every_division_is_exact(processes: int, devices: int):
     division: dict[str, Any] = {"processes": processes, "devices": devices, "timeout_s": 600}
@@ -144,7 +144,6 @@ def test_every_loader_on_every_division_is_exact(processes: int, devices: int):
             assert_exact(outcome, ragged)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shuffled", "records", "iter", "stream", "own"])
 def test_resume_in_other_processes_goes_on_with_the_same_samples(kind: str, tmp_path: Path):
     order: list[float] = []

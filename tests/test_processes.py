@@ -38,6 +38,7 @@ def test_two_processes_train_to_the_bits_of_one(tmp_path: Path):
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["step_8"]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_one_step_and_ends_all(tmp_path: Path):
     with Cluster(PROGRAM, "interrupted", tmp_path, processes=2, devices=1) as cluster:
         cluster.wait_until(lambda c: "[1] PHASE training" in c.out)

@@ -55,6 +55,7 @@ def test_recipe_trains_resumes_and_writes(text, capsys):
     assert len(set(texts)) == 3
 
 
+@pytest.mark.slow
 def test_recipe_trains_in_bfloat16_with_remat_and_shows_speed(text, mixed_dtypes, capsys):
     options = ["--precision", "bf16-mixed", "--remat"]
     perplexity: Any = char_lm.main(["--text", text, "--steps", "2", *options])
@@ -62,6 +63,7 @@ def test_recipe_trains_in_bfloat16_with_remat_and_shows_speed(text, mixed_dtypes
     assert "tokens_per_s=" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_recipe_divides_its_parameters_over_the_devices(text, monkeypatch):
     monkeypatch.setattr(char_lm, "FEATURES", 32)
     monkeypatch.setattr(char_lm, "DEPTH", 1)

@@ -23,6 +23,7 @@ def test_recipe_trains_both_ways(shrunk, in_tmp_path, capsys):
     assert f"from scratch: {from_scratch:.4f}\nfine-tuned:   {finetuned:.4f}\n" in printed
 
 
+@pytest.mark.slow
 def test_head_is_fresh_and_the_rest_is_loaded(shrunk):
     pretrain(shrunk, "pretrained", seed=0)
     module, untrained = Digits(10), Digits(10)

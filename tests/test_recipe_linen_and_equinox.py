@@ -26,6 +26,7 @@ def test_recipe_trains_both(noise_digits, in_tmp_path, capsys):
         assert f"{name}: test accuracy {accuracies[name]:.4f}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODULES)
 def test_model_evaluates_without_dropout(noise_digits, in_tmp_path, make):
     module = make()

@@ -24,6 +24,7 @@ def test_recipe_trains_scores_and_draws_each_epoch(noise_digits, capsys):
     assert names == ["epoch_01.png", "epoch_02.png"]
 
 
+@pytest.mark.slow
 def test_each_optimizer_changes_its_own_network(noise_digits):
     loader = data.from_arrays(
         {"image": noise_digits}, batch_size=64, device_transform=mnist_gan.to_float

@@ -82,6 +82,7 @@ def plan(model: Any = Deep, **options: Any) -> Any:
     return tiny.make_trainer(**options).plan(tiny.Tiny(model), batch)
 
 
+@pytest.mark.slow
 def test_operations_rise_as_the_policy_says():
     before = Block.__call__, nnx.Linear.__call__
     given = (None, {"blocks/*": "dots_saveable"}, {"blocks/*": "nothing_saveable"})

@@ -243,7 +243,7 @@ def test_training_is_what_a_loop_by_hand_computes(accumulate: int):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_fused_is_step_by_step(steps: int, accumulate: int):
     options: Any = {"accumulate_grad_batches": accumulate}
     loader = sequences(rows=(8, 8, 8, 8, 8, 8, 8, 5))
@@ -271,7 +271,10 @@ def grain_sequences() -> Any:
     return grain.MapDataset.source(Sequences()).seed(1).shuffle()
 
 
-@pytest.mark.parametrize("batches", [3, 8, 11])
+@pytest.mark.parametrize(
+    "batches",
+    [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("make", [sequences, grain_sequences], ids=["list", "grain"])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, batches: int):
     whole, state = fit(make(), accumulate_grad_batches=2)
@@ -339,6 +342,7 @@ def test_evaluation_is_exact_over_shapes(steps: int):
     assert len(log.told) == 1
 
 
+@pytest.mark.slow
 def test_validation_in_training_compiles_each_shape_once():
     log = Log()
     val = sequences((9, 6, 9, 6))
@@ -398,6 +402,7 @@ class Breaks(Reads):
         return {**out, "loss": jnp.log(out["loss"] * (-1.0 if is_long else 1.0))}
 
 
+@pytest.mark.slow
 def test_batch_that_is_not_finite_is_run_again_in_its_shape(tmp_path: Path):
     with pytest.raises(NonFiniteError) as caught:
         fit(module=Breaks(), callbacks=[NonFinite(dirpath=tmp_path)])
@@ -411,6 +416,7 @@ def test_skipped_batches_of_another_shape_change_nothing():
     tiny.assert_same_bits(*map(tiny.params_of, modules))
 
 
+@pytest.mark.slow
 def test_learning_rate_finder_follows_shapes():
     class Rated(Reads):
         learning_rate = 1e-3
@@ -424,6 +430,7 @@ def test_learning_rate_finder_follows_shapes():
     assert finder.suggestion is not None
 
 
+@pytest.mark.slow
 def test_run_of_several_shapes_verifies():
     trainer = tiny.make_trainer(max_recompiles=1, max_epochs=5)
     assert trainer.verify_resume(Reads(), sequences(), steps=9, at=[2, 5]).is_equal

@@ -176,6 +176,7 @@ def flops_of(steps: int, devices: int) -> float:
     return throughput.flops_per_batch
 
 
+@pytest.mark.slow
 def test_operations_are_the_same_fused_and_on_several_devices():
     single = flops_of(1, 1)
     # Forward and backward: 2 FLOP for each weight and sample, three times but for the first layer.

@@ -37,7 +37,7 @@ def inside(transform: Any) -> Callable[[nnx.Rngs], Inside]:
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_model_inside_a_transform_trains_as_without(name: str, steps: int):
     options: dict[str, Any] = {"max_epochs": 2, "steps_per_dispatch": steps}
     plain, inner = tiny.Tiny(inside(lambda f: f)), tiny.Tiny(inside(TRANSFORMS[name]))
