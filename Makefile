@@ -28,10 +28,10 @@ mnist: $(STAMP) ## train the MNIST recipe
 	$(BIN)/python recipes/mnist_mlp.py $(ARGS)
 
 test: $(STAMP) ## run the quick tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not stores and not loggers' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not gpu and not stores and not loggers' $(ARGS)
 
 test-docs: $(STAMP) ## run every program of the documentation
 	$(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/test_docs.py $(ARGS)

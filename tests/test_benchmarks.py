@@ -31,6 +31,7 @@ def test_script_imports_and_explains_itself(name, capsys):
     assert f"benchmarks/{name}.py" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_overhead_times_trainer_and_references():
     report = Report(name="overhead")
     options = {"mesh": {"data": 1}, "compilation_cache": False}

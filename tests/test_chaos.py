@@ -33,6 +33,7 @@ def test_killed_run_ends_on_the_same_bits(model: str, seed: int, digest: str, ro
     assert outcome.kills
 
 
+@pytest.mark.slow
 def test_run_killed_in_training_ends_on_the_same_bits(tmp_path: Path):
     digest = chaos.undisturbed("norm", tmp_path / "undisturbed")
     outcome = chaos.disturbed("norm", 0, tmp_path / "killed", kills=1)

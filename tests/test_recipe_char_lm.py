@@ -82,6 +82,7 @@ def test_a_model_in_bfloat16_computes_in_it(make_model, mixed_dtypes):
     assert x_BTE.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_cached_logits_are_those_of_the_whole_text(make_model):
     model, token_BT = make_model(), random_tokens((3, 16))
     whole_BTV, _ = model(token_BT)

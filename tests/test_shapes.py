@@ -242,7 +242,7 @@ def test_training_is_what_a_loop_by_hand_computes(accumulate: int):
     assert result.num_samples == sum(rows)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_fused_is_step_by_step(steps: int, accumulate: int):
     options: Any = {"accumulate_grad_batches": accumulate}
