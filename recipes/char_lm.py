@@ -16,7 +16,6 @@ is known. On 2 CPU cores it takes 8 minutes, at 10,000 bytes a second. Seed 0 pr
 Shapes: B batch, T time, S time of keys, E features, N heads, V bytes.
 """
 
-import argparse
 import math
 import random
 import sysconfig
@@ -29,14 +28,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import make_parser
 from jaxtrainer import Every, Trainer, TrainModule, data
 from jaxtrainer.callbacks import Checkpoint, Throughput
 
 RUN = Path("runs/char_lm")
-DEPTH, FEATURES, HEADS = 4, 128, 4
+BYTES, DEPTH, FEATURES, HEADS = 256, 4, 128, 4
 WINDOW, BATCH = 256, 8  # bytes, windows
 VALIDATED, SAMPLES = 256, 3  # windows
-BYTES = 256
 
 
 class Block(nnx.Module):
@@ -167,15 +166,18 @@ def train(args):
         sharding="fsdp" if args.fsdp else "ddp",
     )
     loaders = make_loaders(args.text or standard_library(), args.seed)
-    ckpt_path = "last" if args.resume else None
-    result = trainer.fit(CharLM(), *loaders, ckpt_path=ckpt_path)
+    result = trainer.fit(CharLM(), *loaders, ckpt_path="last" if args.resume else None)
+    if result.stop_reason == "interrupted":
+        print("stopped; --resume goes on from there")
+        raise SystemExit(130)
     perplexity = result.metrics["val/perplexity"]
     print(f"perplexity: {perplexity:.3f}, or {math.log2(perplexity):.3f} bits a byte")
     return perplexity
 
 
 def write(args):
-    prompt = np.frombuffer(args.prompt.encode(), np.uint8)
+    # Half of the window is left to be written.
+    prompt = np.frombuffer((args.prompt or "\n").encode(), np.uint8)[-WINDOW // 2 :]
     seeds = args.seed + np.arange(SAMPLES, dtype=np.int32)
     batch = {"text": np.tile(prompt, (SAMPLES, 1)), "seed": seeds}
     trainer = Trainer(enable_progress_bar=False, precision=args.precision)
@@ -186,18 +188,14 @@ def write(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, steps=1000, seed=0)
     add = parser.add_argument
-    add("--steps", type=int, default=1000, help="updates in all, those before a resume included")
     add("--text", help="file to train on; default: the standard library")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--prompt", help="write on from there")
     add("--precision", default="32-true", help="bf16-mixed is faster where there is a unit for it")
     add("--remat", action="store_true", help="less memory, a third more work")
     add("--fsdp", action="store_true", help="parameters in parts, one on each device")
-    add("--seed", type=int, default=0, help="of weights, windows and samples")
     args = parser.parse_args(argv)
     return train(args) if args.prompt is None else write(args)
 

@@ -24,7 +24,8 @@ import optax
 from flax import nnx
 
 from jaxtrainer import build_step
-from mnist_mlp import MnistMLP, make_loaders, to_float
+from mnist_data import to_float
+from mnist_mlp import MnistMLP, make_loaders
 
 RATES = [10 ** (k / 2) for k in range(-9, -1)]  # 3e-5 to 0.1
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from jaxtrainer import Optimizer, Trainer, TrainModule, data, load_params
 from jaxtrainer.callbacks import Accuracy, BackboneFinetuning, Checkpoint
-from mnist_data import load_mnist
+from mnist_data import load_mnist, to_float_maps
 
 RUNS = Path("runs/finetune")
 NUM_EPOCHS, FROZEN_EPOCHS = 60, 20
@@ -75,15 +75,11 @@ class Digits(TrainModule):
     validation_step = training_step
 
 
-def to_float(batch):
-    return {**batch, "image": batch["image"][..., None].astype(jnp.float32) / 255}
-
-
 def loader(split, digits, *, of_each=None, **options):
     """The pictures of some digits, the first so many of each."""
     rows = [np.flatnonzero(split["label"] == digit)[:of_each] for digit in digits]
     arrays = {name: array[np.concatenate(rows)] for name, array in split.items()}
-    return data.from_arrays(arrays, device_transform=to_float, **options)
+    return data.from_arrays(arrays, device_transform=to_float_maps, **options)
 
 
 def pretrain(train_set, run_dir, seed):

@@ -26,7 +26,8 @@ import optax
 
 from jaxtrainer import Trainer, TrainModule
 from jaxtrainer.callbacks import Accuracy
-from mnist_mlp import NUM_CLASSES, NUM_PIXELS, make_loaders
+from mnist_data import NUM_CLASSES, NUM_PIXELS
+from mnist_mlp import make_loaders
 
 NUM_HIDDEN, DROPOUT = 256, 0.2
 
