@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import make_parser
 from jaxtrainer import build_step
 from mnist_data import to_float
 from mnist_mlp import MnistMLP, make_loaders
@@ -60,7 +61,8 @@ def read(model, batch):
     return jnp.argmax(model(to_float(batch)["image"]), axis=-1)
 
 
-def main(seed=0):
+def main(argv=None):
+    seed = make_parser(__doc__, seed=0).parse_args(argv).seed
     train_loader, test_loader = make_loaders(256, seed)
     step, feed = build_step(Tuned(), train_loader)
     with feed:

@@ -8,7 +8,11 @@ Of that `load_params` takes all but the head, which has two classes more now; `B
 keeps what was taken frozen for 20 epochs, and lets it train by a schedule of its own from then on.
 
 16 to 26 s on 2 CPU cores that had other work as well. Test accuracy with seeds 0, 1, 2: fine-tuned
-0.9059, 0.8803, 0.8866; from scratch 0.7806, 0.7743, 0.7806.
+0.9059, 0.8803, 0.8866; from scratch 0.7806, 0.7743, 0.7806. Seed 0 prints, at the end:
+
+    test accuracy from 16 pictures of each digit
+    from scratch: 0.7806
+    fine-tuned:   0.9059
 
 Shapes: B batch, H height, W width, F features, C classes.
 """
@@ -21,6 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import make_parser
 from jaxtrainer import Optimizer, Trainer, TrainModule, data, load_params
 from jaxtrainer.callbacks import Accuracy, BackboneFinetuning, Checkpoint
 from mnist_data import load_mnist, to_float_maps
@@ -103,7 +108,8 @@ def train_on_few(module, callbacks, splits, seed):
     return trainer.test(module, test_loader, verbose=False)["test/accuracy"]
 
 
-def main(seed=0):
+def main(argv=None):
+    seed = make_parser(__doc__, seed=0).parse_args(argv).seed
     splits = load_mnist()
     run_dir = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     pretrain(splits[0], run_dir, seed)
