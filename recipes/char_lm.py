@@ -135,6 +135,8 @@ def standard_library():
 
 def make_loaders(path, seed):
     text = np.memmap(path, np.uint8, mode="r")
+    if len(text) < (needed := 20 * (WINDOW + 1)):
+        raise SystemExit(f"{path} has {len(text)} bytes, expected at least {needed}")
     text, held_out = np.split(text, [len(text) * 19 // 20])
 
     def windows(index, rng):

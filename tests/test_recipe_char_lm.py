@@ -101,6 +101,16 @@ def test_a_byte_changes_no_logits_before_it(make_model):
     assert (before_BTV[0, 9] != after_BTV[0, 9]).any()
 
 
+def test_a_text_too_short_for_a_window_of_each_kind_is_refused(tmp_path):
+    for size in (340, 339):
+        (tmp_path / str(size)).write_bytes(bytes(size))
+    train_loader, val_loader = make_loaders(tmp_path / "340", seed=0)
+    assert train_loader[0]["text"].shape == (8, 17)
+    assert len(val_loader) == 1
+    with pytest.raises(SystemExit, match="339 has 339 bytes, expected at least 340"):
+        make_loaders(tmp_path / "339", seed=0)
+
+
 def test_windows_are_of_the_text_and_new_in_each_epoch(text):
     loader, _ = make_loaders(text, seed=0)
     whole = Path(text).read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxtrainer
-from jaxtrainer import callbacks, data, errors, testing
+from jaxtrainer import callbacks, data, errors, loggers, testing
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -21,6 +21,7 @@ PUBLIC = {
     "jaxtrainer": {*jaxtrainer.__all__},
     "jaxtrainer.callbacks": {*callbacks.__all__},
     "jaxtrainer.data": {n for n in vars(data) if not n.startswith("_")},
+    "jaxtrainer.loggers": {*loggers.__all__},
     "jaxtrainer.errors": {n for n in vars(errors) if not n.startswith("_")},
     "jaxtrainer.testing": {*testing.__all__},
 }
