@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from command_line import make_parser
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Every, Trainer, TrainModule, data
 from jaxtrainer.callbacks import Checkpoint, Throughput
 
@@ -164,9 +164,7 @@ def train(args):
     )
     loaders = make_loaders(args.text or standard_library(), args.seed)
     result = trainer.fit(CharLM(), *loaders, ckpt_path="last" if args.resume else None)
-    if result.stop_reason == "interrupted":
-        print("stopped; --resume goes on from there")
-        raise SystemExit(130)
+    end_if_interrupted(result)
     perplexity = result.metrics["val/perplexity"]
     print(f"perplexity: {perplexity:.3f}, or {math.log2(perplexity):.3f} bits a byte")
     return perplexity
@@ -194,6 +192,8 @@ def main(argv=None):
     add("--remat", action="store_true", help="less memory, a third more work")
     add("--fsdp", action="store_true", help="parameters in parts, one on each device")
     args = parser.parse_args(argv)
+    if args.prompt is None and not args.resume and any(RUN.glob("step_*")):
+        parser.error(f"{RUN} has a run; add --resume to go on from it, or move it away")
     return train(args) if args.prompt is None else write(args)
 
 

@@ -1,10 +1,9 @@
-"""The options that recipes have in common: numbers with a default, and a seed.
-
-Standard library only.
-"""
+"""What programs have in common: options that are numbers, and an end by Ctrl-C."""
 
 import argparse
 from collections.abc import Callable
+
+from jaxtrainer import FitResult
 
 
 def make_parser(description: str | None, **defaults: float) -> argparse.ArgumentParser:
@@ -24,6 +23,14 @@ def make_parser(description: str | None, **defaults: float) -> argparse.Argument
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, default=default, help=f"{about}default: {default}")
     return parser
+
+
+def end_if_interrupted(result: FitResult) -> None:
+    """Ends the program where Ctrl-C has ended the training: what comes next needs all of it."""
+    if result.stop_reason == "interrupted":
+        saved = result.last_checkpoint or "nothing"
+        print(f"stopped after {result.num_steps} steps; saved: {saved}")
+        raise SystemExit(130)
 
 
 def _integer(least: int) -> Callable[[str], int]:

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from command_line import make_parser
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Optimizer, Trainer, TrainModule, data, load_params
 from jaxtrainer.callbacks import Accuracy, BackboneFinetuning, Checkpoint
 from mnist_data import load_mnist, to_float_maps
@@ -90,7 +90,7 @@ def loader(split, digits, *, of_each=None, **options):
 def pretrain(train_set, run_dir, seed):
     train_loader = loader(train_set, range(8), batch_size=128, shuffle=True, seed=seed)
     trainer = Trainer(max_epochs=1, seed=seed, callbacks=[Accuracy(), Checkpoint(run_dir)])
-    trainer.fit(Digits(8), train_loader)
+    end_if_interrupted(trainer.fit(Digits(8), train_loader))
 
 
 def train_on_few(module, callbacks, splits, seed):
@@ -103,7 +103,7 @@ def train_on_few(module, callbacks, splits, seed):
         callbacks=[Accuracy(), *callbacks],
         enable_progress_bar=False,
     )
-    trainer.fit(module, few)
+    end_if_interrupted(trainer.fit(module, few))
     test_loader = loader(test_set, range(10), batch_size=1000)
     return trainer.test(module, test_loader, verbose=False)["test/accuracy"]
 

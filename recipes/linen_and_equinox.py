@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from command_line import make_parser
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Trainer, TrainModule
 from jaxtrainer.callbacks import Accuracy
 from mnist_data import NUM_CLASSES, NUM_PIXELS
@@ -118,7 +118,7 @@ def main(argv=None):
     for name, module in (("Linen", LinenDigits()), ("Equinox", EquinoxDigits())):
         train_loader, test_loader = make_loaders(256, args.seed)
         trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=[Accuracy()])
-        trainer.fit(module, train_loader)
+        end_if_interrupted(trainer.fit(module, train_loader))
         metrics = trainer.test(module, test_loader, verbose=False)
         accuracies[name] = metrics["test/accuracy"]
         print(f"{name}: test accuracy {accuracies[name]:.4f}")

@@ -26,7 +26,7 @@ from statistics import fmean
 import jax
 import jax.numpy as jnp
 
-from command_line import make_parser
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Trainer
 from jaxtrainer.callbacks import Accuracy, Timer
 from mnist_data import NUM_CLASSES
@@ -85,7 +85,7 @@ def train(module, args):
     train_loader, test_loader = make_loaders(args.batch_size, args.seed)
     timer = Timer(verbose=False)
     trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=[timer, Accuracy()])
-    trainer.fit(module, train_loader)
+    end_if_interrupted(trainer.fit(module, train_loader))
     accuracy = trainer.test(module, test_loader, verbose=False)["test/accuracy"]
     # The first epoch pays for warming up.
     return accuracy, fmean(timer.epoch_times_s[1:] or timer.epoch_times_s)

@@ -55,6 +55,13 @@ def test_recipe_trains_resumes_and_writes(text, capsys):
     assert len(set(texts)) == 3
 
 
+def test_recipe_refuses_to_train_anew_where_a_run_is(in_tmp_path, capsys):
+    (in_tmp_path / "runs/char_lm/step_1").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        char_lm.main([])
+    assert "runs/char_lm has a run; add --resume to go on from it" in capsys.readouterr().err
+
+
 def test_recipe_trains_in_bfloat16_with_remat_and_shows_speed(text, mixed_dtypes, capsys):
     options = ["--precision", "bf16-mixed", "--remat"]
     perplexity: Any = char_lm.main(["--text", text, "--steps", "2", *options])

@@ -1,8 +1,12 @@
 """The options that recipes have in common: their types, their limits, their help."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 
-from command_line import make_parser
+from command_line import end_if_interrupted, make_parser
+from jaxtrainer import FitResult, History
 
 
 @pytest.fixture
@@ -34,3 +38,12 @@ def test_numbers_that_cannot_work_are_refused(parser, arguments, message, capsys
 def test_help_has_the_header_as_it_is_and_the_defaults(parser):
     assert "Trains.\n\n    python x.py\n" in parser.format_help()
     assert "default: 256" in parser.format_help()
+
+
+def test_program_ends_where_the_training_was_interrupted(capsys):
+    known: Any = {"history": History(), "metrics": {}, "num_epochs": 0, "num_samples": 8}
+    make_result = partial(FitResult, num_steps=1, elapsed_s=1.0, **known)
+    end_if_interrupted(make_result(stop_reason="max_epochs"))
+    with pytest.raises(SystemExit, match="130"):
+        end_if_interrupted(make_result(stop_reason="interrupted", last_checkpoint="x/step_1"))
+    assert capsys.readouterr().out == "stopped after 1 steps; saved: x/step_1\n"
