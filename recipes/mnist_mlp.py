@@ -9,7 +9,13 @@
 784-128-128-128-10 with tanh; Adam at 1e-3; batches of 256, the remainder dropped. The loss is the
 squared error to one-hot targets, summed over the classes, mean over the batch.
 On 2 CPU cores compile + epoch 1 take 2 to 4 s (1 s once the programs are cached), later epochs
-0.4 to 0.6 s each. Test accuracy with seeds 0, 1, 2: 0.9655, 0.9636, 0.9643.
+0.4 to 0.6 s each. Test accuracy with seeds 0, 1, 2: 0.9655, 0.9636, 0.9643. Seed 0 prints, among
+the rest, and then --predict 7 below a drawing of the digit:
+
+    test accuracy: 0.9655
+
+    test digit 7, labelled 9: read as 9
+    9: 78.2%  1: 8.8%  2: 7.0%
 
 Shapes: B batch, P pixels, H hidden, C classes.
 """
