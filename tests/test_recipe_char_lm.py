@@ -112,7 +112,8 @@ def test_a_text_too_short_for_a_window_of_each_kind_is_refused(tmp_path):
     for size in (340, 339):
         (tmp_path / str(size)).write_bytes(bytes(size))
     train_loader, val_loader = make_loaders(tmp_path / "340", seed=0)
-    assert train_loader[0]["text"].shape == (8, 17)
+    batch: Any = train_loader[0]
+    assert batch["text"].shape == (8, 17)
     assert len(val_loader) == 1
     with pytest.raises(SystemExit, match="339 has 339 bytes, expected at least 340"):
         make_loaders(tmp_path / "339", seed=0)
