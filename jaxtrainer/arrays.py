@@ -105,9 +105,14 @@ def _common_length(arrays: PyTree) -> int:
 def _checked_batch_size(batch_size: int, num_samples: int, drop_remainder: bool) -> int:
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise DataError(f"batch_size must be a positive integer, got {batch_size!r}.")
-    if num_samples == 0 or (drop_remainder and num_samples < batch_size):
+    if num_samples == 0:
         raise DataError(
-            f"{num_samples} samples make no batch of {batch_size} with "
-            f"drop_remainder={drop_remainder}; use `batch_size={max(1, num_samples)}` or less."
+            "from_arrays got arrays without a row; pass at least one. Did a selection, e.g. "
+            "`images[labels == 7]`, find any?"
+        )
+    if drop_remainder and num_samples < batch_size:
+        raise DataError(
+            f"{num_samples} samples make no batch of {batch_size} with drop_remainder=True; "
+            f"use `batch_size={num_samples}` or less."
         )
     return int(batch_size)

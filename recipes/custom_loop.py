@@ -23,8 +23,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import make_parser
 from jaxtrainer import build_step
-from mnist_mlp import MnistMLP, make_loaders, to_float
+from mnist_data import to_float
+from mnist_mlp import MnistMLP, make_loaders
 
 RATES = [10 ** (k / 2) for k in range(-9, -1)]  # 3e-5 to 0.1
 
@@ -59,7 +61,8 @@ def read(model, batch):
     return jnp.argmax(model(to_float(batch)["image"]), axis=-1)
 
 
-def main(seed=0):
+def main(argv=None):
+    seed = make_parser(__doc__, seed=0).parse_args(argv).seed
     train_loader, test_loader = make_loaders(256, seed)
     step, feed = build_step(Tuned(), train_loader)
     with feed:

@@ -8,7 +8,11 @@ Of that `load_params` takes all but the head, which has two classes more now; `B
 keeps what was taken frozen for 20 epochs, and lets it train by a schedule of its own from then on.
 
 16 to 26 s on 2 CPU cores that had other work as well. Test accuracy with seeds 0, 1, 2: fine-tuned
-0.9059, 0.8803, 0.8866; from scratch 0.7806, 0.7743, 0.7806.
+0.9059, 0.8803, 0.8866; from scratch 0.7806, 0.7743, 0.7806. Seed 0 prints, at the end:
+
+    test accuracy from 16 pictures of each digit
+    from scratch: 0.7806
+    fine-tuned:   0.9059
 
 Shapes: B batch, H height, W width, F features, C classes.
 """
@@ -21,9 +25,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Optimizer, Trainer, TrainModule, data, load_params
 from jaxtrainer.callbacks import Accuracy, BackboneFinetuning, Checkpoint
-from mnist_data import load_mnist
+from mnist_data import load_mnist, to_float_maps
 
 RUNS = Path("runs/finetune")
 NUM_EPOCHS, FROZEN_EPOCHS = 60, 20
@@ -75,21 +80,17 @@ class Digits(TrainModule):
     validation_step = training_step
 
 
-def to_float(batch):
-    return {**batch, "image": batch["image"][..., None].astype(jnp.float32) / 255}
-
-
 def loader(split, digits, *, of_each=None, **options):
     """The pictures of some digits, the first so many of each."""
     rows = [np.flatnonzero(split["label"] == digit)[:of_each] for digit in digits]
     arrays = {name: array[np.concatenate(rows)] for name, array in split.items()}
-    return data.from_arrays(arrays, device_transform=to_float, **options)
+    return data.from_arrays(arrays, device_transform=to_float_maps, **options)
 
 
 def pretrain(train_set, run_dir, seed):
     train_loader = loader(train_set, range(8), batch_size=128, shuffle=True, seed=seed)
     trainer = Trainer(max_epochs=1, seed=seed, callbacks=[Accuracy(), Checkpoint(run_dir)])
-    trainer.fit(Digits(8), train_loader)
+    end_if_interrupted(trainer.fit(Digits(8), train_loader))
 
 
 def train_on_few(module, callbacks, splits, seed):
@@ -102,12 +103,13 @@ def train_on_few(module, callbacks, splits, seed):
         callbacks=[Accuracy(), *callbacks],
         enable_progress_bar=False,
     )
-    trainer.fit(module, few)
+    end_if_interrupted(trainer.fit(module, few))
     test_loader = loader(test_set, range(10), batch_size=1000)
     return trainer.test(module, test_loader, verbose=False)["test/accuracy"]
 
 
-def main(seed=0):
+def main(argv=None):
+    seed = make_parser(__doc__, seed=0).parse_args(argv).seed
     splits = load_mnist()
     run_dir = RUNS / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     pretrain(splits[0], run_dir, seed)

@@ -14,6 +14,10 @@ Keys for Dropout come from `self.make_rng()`: a fresh one in each step, from the
 3 epochs of each. On 2 CPU cores that had other work as well an epoch took 1.0 to 1.4 s, and
 compilation 6 and 8 s.
 Test accuracy with seeds 0, 1, 2: Linen 0.9749, 0.9748, 0.9735; Equinox 0.9773, 0.9762, 0.9772.
+Seed 0 prints, after each of the two:
+
+    Linen: test accuracy 0.9749
+    Equinox: test accuracy 0.9773
 
 Shapes: B batch, P pixels, H hidden, C classes.
 """
@@ -24,9 +28,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Trainer, TrainModule
 from jaxtrainer.callbacks import Accuracy
-from mnist_mlp import NUM_CLASSES, NUM_PIXELS, make_loaders
+from mnist_data import NUM_CLASSES, NUM_PIXELS
+from mnist_mlp import make_loaders
 
 NUM_HIDDEN, DROPOUT = 256, 0.2
 
@@ -106,12 +112,13 @@ class EquinoxDigits(Digits):
         return jax.vmap(model)(x_BP, jax.random.split(self.make_rng(), len(x_BP)))
 
 
-def main(epochs=3, seed=0):
+def main(argv=None):
+    args = make_parser(__doc__, epochs=3, seed=0).parse_args(argv)
     accuracies = {}
     for name, module in (("Linen", LinenDigits()), ("Equinox", EquinoxDigits())):
-        train_loader, test_loader = make_loaders(256, seed)
-        trainer = Trainer(max_epochs=epochs, seed=seed, callbacks=[Accuracy()])
-        trainer.fit(module, train_loader)
+        train_loader, test_loader = make_loaders(256, args.seed)
+        trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=[Accuracy()])
+        end_if_interrupted(trainer.fit(module, train_loader))
         metrics = trainer.test(module, test_loader, verbose=False)
         accuracies[name] = metrics["test/accuracy"]
         print(f"{name}: test accuracy {accuracies[name]:.4f}")

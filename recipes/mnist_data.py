@@ -1,5 +1,7 @@
 """The MNIST digits as NumPy arrays, read from the IDX files in data/mnist and verified.
 
+What a step is to do with them first is here too, as functions for `device_transform`.
+
 Standard library and NumPy only; batching and shuffling are left to the loader.
 """
 
@@ -9,10 +11,12 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 Split = dict[str, np.ndarray]
+NUM_PIXELS, NUM_CLASSES = 28 * 28, 10
 
 DATA_DIR = Path(__file__).parent / "data" / "mnist"
 
@@ -60,6 +64,19 @@ def load_mnist(root: str | Path = DATA_DIR) -> tuple[Split, Split]:
         {"image": images, "label": labels},
         {"image": test_images, "label": test_labels},
     )
+
+
+def to_float(batch: dict[str, Any]) -> dict[str, Any]:
+    """Pixels in a row: [n, 784], float32, from 0 to 1.
+
+    Traced into the step, so that they travel to the device as uint8.
+    """
+    return {**batch, "image": batch["image"].reshape(-1, NUM_PIXELS).astype(np.float32) / 255}
+
+
+def to_float_maps(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same for convolutions: [n, 28, 28, 1]."""
+    return {**batch, "image": batch["image"][..., None].astype(np.float32) / 255}
 
 
 def read_idx(path: str | Path, *, sha256: str | None = None) -> np.ndarray:

@@ -1,11 +1,9 @@
-"""Digits as pictures: read from the test set or an image file, drawn as text, written as PNG.
+"""Digits as pictures: read from the test set or an image file, drawn as text.
 
 NumPy, and Pillow for reading image files only.
 """
 
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,27 +72,3 @@ def drawing(image: np.ndarray) -> str:
     """Draws a digit in 14 lines: a character is as high as two rows of pixels."""
     ink = image.reshape(14, 2, 28).mean(axis=1) / 256
     return "\n".join("".join(SHADES[int(v * len(SHADES))] for v in row).rstrip() for row in ink)
-
-
-def write_grid(path: str | Path, images: np.ndarray, columns: int) -> None:
-    """Writes images side by side, row by row, as one grey PNG.
-
-    Args:
-        path: the file; its folder is made if there is none.
-        images: [n, height, width], float, 0 is black and 1 is white; n is a multiple of `columns`.
-        columns: images in a row.
-    """
-    n, height, width = images.shape
-    rows = images.reshape(n // columns, columns, height, width).swapaxes(1, 2)
-    grey = np.round(255 * np.clip(rows, 0, 1)).astype(np.uint8).reshape(-1, columns * width)
-    # Before each row of pixels a zero: that it is not filtered.
-    lines = zlib.compress(np.pad(grey, ((0, 0), (1, 0))).tobytes())
-    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
-    chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", lines), _chunk(b"IEND", b""))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    body = kind + content
-    return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))

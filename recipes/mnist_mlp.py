@@ -1,7 +1,7 @@
 """Trains a small network on the MNIST digits, tests it, and reads digits with it.
 
     make mnist                               5 epochs, then the test accuracy
-    make mnist ARGS="--resume --epochs 10"   go on from the newest run's checkpoint
+    make mnist ARGS="--resume --epochs 10"   go on with the newest run, to 10 epochs in all
     make mnist ARGS="--predict 7"            read test digit 7
     make mnist ARGS="--predict digit.png"    read a picture
     python recipes/mnist_mlp.py              the same without make
@@ -9,12 +9,17 @@
 784-128-128-128-10 with tanh; Adam at 1e-3; batches of 256, the remainder dropped. The loss is the
 squared error to one-hot targets, summed over the classes, mean over the batch.
 On 2 CPU cores compile + epoch 1 take 2 to 4 s (1 s once the programs are cached), later epochs
-0.4 to 0.6 s each. Test accuracy with seeds 0, 1, 2: 0.9655, 0.9636, 0.9643.
+0.4 to 0.6 s each. Test accuracy with seeds 0, 1, 2: 0.9655, 0.9636, 0.9643. Seed 0 prints, among
+the rest, and then --predict 7 below a drawing of the digit:
+
+    test accuracy: 0.9655
+
+    test digit 7, labelled 9: read as 9
+    9: 78.2%  1: 8.8%  2: 7.0%
 
 Shapes: B batch, P pixels, H hidden, C classes.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -27,16 +32,16 @@ import numpy as np
 import optax
 from flax import nnx
 
+from command_line import make_parser
 from jaxtrainer import Callback, Trainer, TrainModule, data
 from jaxtrainer.callbacks import Accuracy, Checkpoint, Timer
 from jaxtrainer.errors import CheckpointError, ConfigError, DataError
-from mnist_data import MnistFileError, load_mnist
+from mnist_data import NUM_CLASSES, NUM_PIXELS, MnistFileError, load_mnist, to_float
 from mnist_image import ImageError, drawing, read_digit
 
 RUNS = Path("runs/mnist_mlp")
 OPTIONS_FILE = "options.json"
-SAVED = ("epochs", "batch_size", "hidden_dim", "learning_rate", "seed")
-NUM_PIXELS, NUM_CLASSES = 28 * 28, 10
+OPTIONS = {"epochs": 5, "batch_size": 256, "hidden_dim": 128, "learning_rate": 1e-3, "seed": 0}
 
 
 class MLP(nnx.Module):
@@ -77,18 +82,12 @@ class MnistMLP(TrainModule):
         return y_BC / jnp.sum(y_BC, axis=-1, keepdims=True)
 
 
-def to_float(batch):
-    """Traced into the step, so that pixels travel to the device as uint8."""
-    x_BP = batch["image"].reshape(-1, NUM_PIXELS).astype(jnp.float32) / 255
-    return {**batch, "image": x_BP}
-
-
 class SaveOptions(Callback):
     """Keeps the command line's options beside the checkpoints, for --resume and --predict."""
 
     def __init__(self, args):
         self.path = args.run_dir / OPTIONS_FILE
-        self.options = {name: vars(args)[name] for name in SAVED}
+        self.options = {name: vars(args)[name] for name in OPTIONS}
 
     def on_fit_start(self, run):
         self.path.write_text(json.dumps(self.options))
@@ -139,15 +138,8 @@ def predict(args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, **OPTIONS)
     add = parser.add_argument
-    add("--epochs", type=positive_int, default=5, help="in all, those before a resume included")
-    add("--batch-size", type=positive_int, default=256)
-    add("--hidden-dim", type=positive_int, default=128)
-    add("--learning-rate", type=float, default=1e-3)
-    add("--seed", type=int, default=0, help="of weights and shuffling")
     add("--run-dir", type=Path, help=f"default: a new one in {RUNS}, or the newest to go on from")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
     add("--predict", metavar="INDEX|IMAGE", help="read a test digit, or a picture of a digit")
@@ -161,15 +153,10 @@ def parse(argv):
     if run_dir is None:
         parser.error(f"there is no run in {RUNS} yet; train one, or name one with --run-dir")
     # What the run was trained with holds, unless the command line says otherwise.
+    parser.set_defaults(run_dir=run_dir)
     if (run_dir / OPTIONS_FILE).exists():
         parser.set_defaults(**json.loads((run_dir / OPTIONS_FILE).read_text()))
-    return parser.parse_args(argv, argparse.Namespace(run_dir=run_dir))
-
-
-def positive_int(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -20,16 +20,17 @@ cores that had other work as well (the ratio of times was 1.25 to 1.66):
 Shapes: B batch, P pixels, H hidden, C classes.
 """
 
-import argparse
 import itertools
 from statistics import fmean
 
 import jax
 import jax.numpy as jnp
 
+from command_line import end_if_interrupted, make_parser
 from jaxtrainer import Trainer
 from jaxtrainer.callbacks import Accuracy, Timer
-from mnist_mlp import NUM_CLASSES, MnistMLP, make_loaders
+from mnist_data import NUM_CLASSES
+from mnist_mlp import MnistMLP, make_loaders
 
 
 def predict(model, depth, x_BH):
@@ -84,7 +85,7 @@ def train(module, args):
     train_loader, test_loader = make_loaders(args.batch_size, args.seed)
     timer = Timer(verbose=False)
     trainer = Trainer(max_epochs=args.epochs, seed=args.seed, callbacks=[timer, Accuracy()])
-    trainer.fit(module, train_loader)
+    end_if_interrupted(trainer.fit(module, train_loader))
     accuracy = trainer.test(module, test_loader, verbose=False)["test/accuracy"]
     # The first epoch pays for warming up.
     return accuracy, fmean(timer.epoch_times_s[1:] or timer.epoch_times_s)
@@ -103,14 +104,8 @@ def compare(coding, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and shuffling")
+    parser = make_parser(__doc__, epochs=5, batch_size=256, inference_rate=0.01, seed=0)
     parser.add_argument("--inference-steps", type=int, default=4)
-    parser.add_argument("--inference-rate", type=float, default=0.01)
     parser.add_argument("--compare", action="store_true", help="train by backpropagation too")
     args = parser.parse_args(argv)
     inference = {"inference_steps": args.inference_steps, "inference_rate": args.inference_rate}

@@ -3,8 +3,10 @@
     python recipes/regression.py
 
 4096 points of a sine with noise; 1 hidden layer of 64, Adam with a cosine schedule. On 2 CPU cores
-the 20 epochs take under 0.1 s, compilation before them some seconds. The last loss is 0.0105; the
-noise has a variance of 0.01.
+the 20 epochs take under 0.1 s, compilation before them some seconds. The noise has a variance of
+0.01. The table at the end has this line:
+
+    │ train/loss │ 0.010468 │ █▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ │
 """
 
 import jax.numpy as jnp

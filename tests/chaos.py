@@ -199,7 +199,7 @@ def mnist() -> Any:
         batch_size=256,
         shuffle=True,
         drop_remainder=True,
-        device_transform=mnist_mlp.to_float,
+        device_transform=mnist_data.to_float,
     )
     return mnist_mlp.MnistMLP(), loader, None, {"max_epochs": 12, "save_every": 10}
 

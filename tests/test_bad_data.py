@@ -62,6 +62,11 @@ def test_from_arrays_refuses_fewer_samples_than_a_batch():
         data.from_arrays(tiny.make_arrays(3), batch_size=ROWS, drop_remainder=True)
 
 
+def test_from_arrays_refuses_arrays_without_a_row():
+    with pytest.raises(DataError, match=r"without a row; pass at least one. Did a selection"):
+        data.from_arrays(tiny.make_arrays(0), batch_size=1)
+
+
 @pytest.mark.parametrize(
     ("loader", "parts"),
     [

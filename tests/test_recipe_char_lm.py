@@ -55,6 +55,13 @@ def test_recipe_trains_resumes_and_writes(text, capsys):
     assert len(set(texts)) == 3
 
 
+def test_recipe_refuses_to_train_anew_where_a_run_is(in_tmp_path, capsys):
+    (in_tmp_path / "runs/char_lm/step_1").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        char_lm.main([])
+    assert "runs/char_lm has a run; add --resume to go on from it" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_recipe_trains_in_bfloat16_with_remat_and_shows_speed(text, mixed_dtypes, capsys):
     options = ["--precision", "bf16-mixed", "--remat"]
@@ -102,6 +109,17 @@ def test_a_byte_changes_no_logits_before_it(make_model):
     after_BTV, _ = model(token_BT.at[0, 9].add(1))
     np.testing.assert_array_equal(before_BTV[0, :9], after_BTV[0, :9])
     assert (before_BTV[0, 9] != after_BTV[0, 9]).any()
+
+
+def test_a_text_too_short_for_a_window_of_each_kind_is_refused(tmp_path):
+    for size in (340, 339):
+        (tmp_path / str(size)).write_bytes(bytes(size))
+    train_loader, val_loader = make_loaders(tmp_path / "340", seed=0)
+    batch: Any = train_loader[0]
+    assert batch["text"].shape == (8, 17)
+    assert len(val_loader) == 1
+    with pytest.raises(SystemExit, match="339 has 339 bytes, expected at least 340"):
+        make_loaders(tmp_path / "339", seed=0)
 
 
 def test_windows_are_of_the_text_and_new_in_each_epoch(text):

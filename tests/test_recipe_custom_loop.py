@@ -11,7 +11,7 @@ from mnist_mlp import make_loaders
 
 
 def test_recipe_halves_its_runs_each_epoch(noise_digits, in_tmp_path, capsys):
-    accuracy = custom_loop.main()
+    accuracy = custom_loop.main([])
     *rounds, score = capsys.readouterr().out.splitlines()
     assert [line.count("e-0") for line in rounds] == [8, 4, 2, 1]
     assert score == f"test accuracy: {accuracy:.4f}"
@@ -32,4 +32,4 @@ def test_rate_is_that_of_the_state(noise_digits, in_tmp_path):
 
 @pytest.mark.slow
 def test_recipe_reaches_its_score(in_tmp_path):
-    assert custom_loop.main() >= 0.95
+    assert custom_loop.main([]) >= 0.95

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import finetune
-from finetune import Digits, loader, pretrain, to_float
+from finetune import Digits, loader, pretrain
 from jaxtrainer import load_params
+from mnist_data import to_float_maps
 from tests import tiny
 
 
@@ -17,7 +18,7 @@ def shrunk(noise_digits, in_tmp_path, monkeypatch):
 
 
 def test_recipe_trains_both_ways(shrunk, in_tmp_path, capsys):
-    finetuned, from_scratch = finetune.main()
+    finetuned, from_scratch = finetune.main([])
     printed = capsys.readouterr().out
     assert "6 arrays loaded" in printed
     assert f"from scratch: {from_scratch:.4f}\nfine-tuned:   {finetuned:.4f}\n" in printed
@@ -39,11 +40,11 @@ def test_loader_takes_the_first_pictures_of_each_digit(noise_digits):
     [batch] = loader(noise_digits, range(5, 10), of_each=3, batch_size=15)
     assert batch["label"].tolist() == [digit for digit in range(5, 10) for _ in range(3)]
     np.testing.assert_array_equal(batch["image"][:3], noise_digits["image"][5:26:10])
-    assert np.shape(to_float(batch)["image"]) == (15, 28, 28, 1)
+    assert np.shape(to_float_maps(batch)["image"]) == (15, 28, 28, 1)
 
 
 @pytest.mark.slow
 def test_recipe_reaches_its_score(in_tmp_path):
-    finetuned, from_scratch = finetune.main()
+    finetuned, from_scratch = finetune.main([])
     assert finetuned >= 0.87
     assert finetuned > from_scratch + 0.05

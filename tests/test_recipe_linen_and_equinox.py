@@ -7,7 +7,7 @@ import pytest
 import linen_and_equinox
 from jaxtrainer import Trainer, data
 from linen_and_equinox import EquinoxDigits, LinenDigits
-from mnist_mlp import to_float
+from mnist_data import to_float
 
 MODULES = [LinenDigits, EquinoxDigits]
 
@@ -20,7 +20,7 @@ def train(module, split, steps=2):
 
 
 def test_recipe_trains_both(noise_digits, in_tmp_path, capsys):
-    accuracies = linen_and_equinox.main(epochs=1)
+    accuracies = linen_and_equinox.main(["--epochs", "1"])
     printed = capsys.readouterr().out
     for name in ("Linen", "Equinox"):
         assert f"{name}: test accuracy {accuracies[name]:.4f}" in printed
@@ -56,4 +56,4 @@ def test_equinox_model_comes_back_as_a_module(noise_digits, in_tmp_path):
 
 @pytest.mark.slow
 def test_recipe_reaches_its_scores(in_tmp_path):
-    assert min(linen_and_equinox.main().values()) >= 0.97
+    assert min(linen_and_equinox.main([]).values()) >= 0.97

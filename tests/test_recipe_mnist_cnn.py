@@ -24,11 +24,9 @@ def noise_digits(monkeypatch):
     monkeypatch.setattr(mnist_cnn, "MnistCNN", partial(MnistCNN, channels=(2, 2, 2)))
 
 
-def test_recipe_trains_and_prints_its_score(noise_digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.values["jax_compilation_cache_dir"]
-    accuracy = mnist_cnn.main(["--epochs", "1", "--batch-size", "16"])
-    jax.config.update("jax_compilation_cache_dir", before)
+def test_recipe_trains_prints_its_score_and_draws_its_curves(noise_digits, in_tmp_path, capsys):
+    accuracy = mnist_cnn.main(["--epochs", "1", "--batch-size", "16", "--plot", "curves.svg"])
+    assert "val/accuracy" in (in_tmp_path / "curves.svg").read_text()
     printed = capsys.readouterr().out
     assert "stopped by max_epochs after 1 epochs" in printed
     assert f"test accuracy: {accuracy:.4f}" in printed

@@ -81,7 +81,7 @@ def test_failed_resume_leaves_options_of_run(noise_digits, tmp_path):
     [
         (["--resume"], "there is no run in runs/mnist_mlp yet"),
         (["--predict", "7"], "there is no run in runs/mnist_mlp yet"),
-        (["--epochs", "0"], "invalid positive_int value: '0'"),
+        (["--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
         (["--hiden-dim", "8"], "unrecognized arguments: --hiden-dim 8"),
     ],
 )

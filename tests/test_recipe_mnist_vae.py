@@ -1,5 +1,7 @@
 """The VAE recipe: one step on noise, what its bound and its schedule are, its score."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from flax import nnx
 
 import mnist_vae
 from jaxtrainer import Trainer, data
+from mnist_data import to_float
 from mnist_vae import VAE, MnistVAE
+from tests.logged import read_lines, read_png
 
 
 @pytest.fixture
@@ -22,8 +26,10 @@ def test_recipe_trains_scores_and_draws(noise_digits, capsys):
     bound = mnist_vae.main(["--epochs", "1", "--batch-size", "64", "--latent-dim", "2"])
     printed = capsys.readouterr().out
     assert f"test bound: {bound:.2f} nats" in printed
-    assert f"100 samples: {mnist_vae.SAMPLES}" in printed
-    assert mnist_vae.SAMPLES.stat().st_size > 100
+    assert f"samples after each epoch: {mnist_vae.RUN}/images\n" in printed
+    [row] = read_lines(Path(mnist_vae.RUN) / "metrics.jsonl", "image")
+    assert row["name"] == "samples"
+    assert read_png((Path(mnist_vae.RUN) / row["file"]).read_bytes()).shape == (280, 280, 1)
 
 
 def test_code_is_drawn_anew_in_each_call():
@@ -35,9 +41,7 @@ def test_code_is_drawn_anew_in_each_call():
 
 
 def test_weight_of_the_divergence_rises_to_one_in_a_fifth_of_the_steps(noise_digits):
-    loader = data.from_arrays(
-        {"image": noise_digits}, batch_size=8, device_transform=mnist_vae.to_float
-    )
+    loader = data.from_arrays({"image": noise_digits}, batch_size=8, device_transform=to_float)
     trainer = Trainer(max_steps=10, log_every_n_steps=1, enable_progress_bar=False)
     history = trainer.fit(MnistVAE(8, 2), loader).history
     assert history.step["train/kl_weight"].values == [0.0, 0.5, *8 * [1.0]]

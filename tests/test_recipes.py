@@ -1,23 +1,27 @@
 """All recipes: they use public names only, are short, and are in the list of recipes."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 import jaxtrainer
-from jaxtrainer import callbacks, data, errors, testing
+from jaxtrainer import callbacks, data, errors, loggers, testing
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.glob("*.py"))
-HELPERS = {"mnist_data.py", "mnist_image.py"}
+HELPERS = {"command_line.py", "mnist_data.py", "mnist_image.py"}
 """What recipes share; no programs."""
+PROGRAMS = [p.stem for p in FILES if p.name not in HELPERS | {"regression.py"}]
+"""Those that take options."""
 
 PUBLIC = {
     "jaxtrainer": {*jaxtrainer.__all__},
     "jaxtrainer.callbacks": {*callbacks.__all__},
     "jaxtrainer.data": {n for n in vars(data) if not n.startswith("_")},
+    "jaxtrainer.loggers": {*loggers.__all__},
     "jaxtrainer.errors": {n for n in vars(errors) if not n.startswith("_")},
     "jaxtrainer.testing": {*testing.__all__},
 }
@@ -65,6 +69,19 @@ def test_recipe_is_short(path: Path):
     source = path.read_text(encoding="utf-8")
     header = ast.get_docstring(ast.parse(source), clean=False) or ""
     assert len([line for line in source.replace(header, "").splitlines() if line]) <= 160
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_recipe_shows_its_header_and_refuses_unknown_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+):
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert f"    python recipes/{name}.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["--sead", "1"])
+    assert "unrecognized arguments: --sead 1" in capsys.readouterr().err
 
 
 def test_every_recipe_is_in_the_list():
