@@ -99,6 +99,9 @@ class ProgressBar(Callback):
                 tick_s=tick_s,
                 leave=self.leave,
             )
+        if console.is_jupyter:
+            # As text: rich would make each line an output of its own.
+            console = Console(force_jupyter=False, force_terminal=False)
         return PlainDisplay(
             console,
             frames=self.frames,
