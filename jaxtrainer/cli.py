@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(name: str, argv: Sequence[str]) -> int:
     if find_spec("jsonargparse") is None:
         raise MissingExtraError(
-            f"{name} needs jsonargparse, which is not installed: "
-            "`pip install 'jaxtrainer[cli]'`."
+            f"{name} needs jsonargparse, which is not installed: `pip install 'jaxtrainer[cli]'`."
         )
     from jaxtrainer.commandline.calls import run
 

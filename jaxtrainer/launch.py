@@ -322,7 +322,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("launch: what is to be run? `jaxtrainer launch --processes 2 train.py`")
     if args.program and not args.module and not Path(args.program[0]).exists():
         raise ConfigError(
-            f"launch: there is no {args.program[0]}; pass a script, or a module as `-m package.module`."
+            f"launch: there is no {args.program[0]}; pass a script, or `-m package.module`."
         )
     if args.module and find_module(args.module) is None:
         raise ConfigError(f"launch: there is no module {args.module!r} here, or on Python's path.")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtrainer import cli
+from jaxtrainer import cli, read_predictions
 from jaxtrainer.checkpoint import read_arrays, read_record
 from jaxtrainer.commandline.imports import is_allowed, typed
 from jaxtrainer.commandline.loaders import arguments_of
@@ -123,6 +123,23 @@ def test_checkpoint_is_tested(run: Path, capsys: pytest.CaptureFixture[str]):
     assert call(ask, run / "run") == 0
     assert "test/loss" in capsys.readouterr().out
     assert "no checkpoint at" in says(capsys, ask, run / "nowhere")
+
+
+QUIET = "--trainer.enable_progress_bar false --trainer.compilation_cache false"
+
+
+def test_checkpoint_is_validated(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert call("validate", MODULE, DATA, QUIET, "--ckpt_path", run / "run") == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+def test_predictions_are_a_directory_of_batches(run: Path, capsys: pytest.CaptureFixture[str]):
+    ask = f"predict {MODULE} --data tests.cli_program:make_rows {QUIET} --output {run / 'rows'}"
+    assert call(ask, "--ckpt_path", run / "run") == 0
+    assert capsys.readouterr().out == f"{run / 'rows'}\n"
+    batches = [*read_predictions(run / "rows")]
+    assert [batch.shape for batch in batches] == [(8, tiny.CLASSES)] * 3
+    assert "rows has predictions already" in says(capsys, ask)
 
 
 def test_inspect_shows_arrays_without_the_classes(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,10 +11,9 @@ import yaml
 from jaxtrainer.rundir import saved_steps
 from tests.cluster import run_cluster
 
-WORDS = """
-fit --module tests.cli_program:Keyed --data tests.cli_program:Data --data.batch_size 16
---trainer.max_epochs 2 --trainer.compilation_cache false --trainer.enable_progress_bar false
-""".split()
+DATA = "--data tests.cli_program:Data --data.batch_size 16"
+QUIET = "--trainer.compilation_cache false --trainer.enable_progress_bar false"
+WORDS = f"fit --module tests.cli_program:Keyed {DATA} --trainer.max_epochs 2 {QUIET}".split()
 
 
 @pytest.mark.slow

@@ -77,17 +77,6 @@ def log() -> Iterator[Rig]:
     log.bar.teardown(log.run)
 
 
-def test_lines_in_a_notebook_without_widgets_are_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    bar, run = ProgressBar(console=Console(force_jupyter=True), refresh_per_second=0), Run()
-    bar.setup(run)
-    bar.on_compile_end(run, "train step", 1.0)
-    bar.teardown(run)
-    assert capsys.readouterr().out == "compiled train step in 1.00 s\n"
-
-
 def test_bar_has_no_hook_that_runs_once_a_batch():
     hooks = CallbackList([ProgressBar()], Callback())
     frequent = [
