@@ -47,6 +47,7 @@ def picture_of(screen, title):
         )
         console.print(Text(f"$ {title}"), highlight=False)
         console.print(Text.from_ansi("\n".join(lines)), highlight=False)
+        console.print()  # room at the lower edge
         svg = console.export_svg(title=title, theme=MONOKAI, unique_id="shot")
     svg = re.sub(r"<!--.*?-->|@font-face \{.*?\}|<clipPath id=\"shot-line.*?</clipPath>", "", svg,
                  flags=re.DOTALL)  # fmt: skip
