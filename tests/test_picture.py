@@ -13,7 +13,7 @@ SCREEN = "compiled \x1b[33mtrain\x1b[0m step\nEpoch 1/5 <best>\n\n\n"
 
 def text_of(svg: str) -> str:
     words = [node.text for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
-    return "".join(words).replace("\xa0", " ")
+    return "".join(word or "" for word in words).replace("\xa0", " ")
 
 
 def test_picture_shows_the_screen_and_asks_for_nothing():
