@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help mnist test test-slow test-docs test-stores test-loggers check format docs bench build clean
+.PHONY: help mnist test test-slow test-docs test-stores test-loggers check format docs picture bench build clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ docs: $(STAMP) ## build the documentation into site/
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
 	@echo 'open site/index.html'
+
+picture: $(STAMP) ## make the terminal picture of README.md anew (needs tmux)
+	$(BIN)/python .ci/picture.py docs/pictures/mnist_mlp.svg 'make mnist' $(BIN)/python recipes/mnist_mlp.py
 
 bench: $(STAMP) ## time the trainer against loops by hand (short form, under 10 minutes)
 	@set -e; for script in mnist_mlp overhead models startup memory scaling callbacks loggers saving trust processes; do \

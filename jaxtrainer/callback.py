@@ -54,6 +54,8 @@ class Callback:
     accumulation: Mapping[int, int] | None = None
     may_log: bool = True
     critical: bool = True
+    # Of one that has no hook within a step, and that other processes do not need.
+    _of_first_process: bool = False
 
     def setup(self, run: Run) -> None:
         """Start of `fit`, `validate`, `test` or `predict`, before anything compiles."""

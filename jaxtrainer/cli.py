@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NoReturn
 
 from jaxtrainer import launch
 from jaxtrainer.commands import add_parsers
@@ -50,16 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _call(name: str, argv: Sequence[str]) -> int:
     if find_spec("jsonargparse") is None:
         raise MissingExtraError(
-            f"jaxtrainer {name} needs jsonargparse, which is not installed: "
-            "`pip install 'jaxtrainer[cli]'`."
+            f"{name} needs jsonargparse, which is not installed: `pip install 'jaxtrainer[cli]'`."
         )
     from jaxtrainer.commandline.calls import run
 
     return run(name, argv)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line, as of the other commands; the usage would hide it.
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxtrainer", description="The training loop for JAX.")
+    parser = _Parser(prog="jaxtrainer", description="The training loop for JAX.")
     parser.add_argument(
         "--print_completion", action=_Completion, help="print what completes it in a shell"
     )

@@ -67,7 +67,8 @@ def of_call(
         if field.name not in _OF_ONE_HOST:
             fields[f"Trainer's {field.name}"] = _text(getattr(options, field.name))
     # What hooks there are decides where a dispatch ends.
-    fields["callbacks"] = ", ".join(type(callback).__name__ for callback in callbacks)
+    alike = [callback for callback in callbacks if not callback._of_first_process]
+    fields["callbacks"] = ", ".join(type(callback).__name__ for callback in alike)
     fields["checkpoint"] = str(path)
     return fields
 

@@ -319,7 +319,10 @@ def suggested_meshes(count: int) -> list[str]:
     """Return lines about the meshes for so many devices."""
     if count == 1:
         return ["One device: leave `mesh` out of the `Trainer`."]
-    return [f'All {count} share each batch: Trainer(mesh={{"data": {count}}}), the default.']
+    return [
+        f'All {count} share each batch: Trainer(mesh={{"data": {count}}}), the default.',
+        f'A model too large for one: kept in {count} parts by Trainer(mesh={{"fsdp": {count}}}).',
+    ]
 
 
 def judge_version(name: str, version: str | None, oldest: str) -> Findings:

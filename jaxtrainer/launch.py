@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from importlib.machinery import BuiltinImporter, PathFinder
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,6 +239,18 @@ def _processes(indices: Sequence[int]) -> str:
     return f"process{'' if len(indices) == 1 else 'es'} {', '.join(map(str, indices))}"
 
 
+def find_module(name: str) -> object | None:
+    """Return where the outermost package of a module is, found as `python -m` does; imports none.
+
+    Example:
+        >>> find_module("nosuch.module") is None, find_module("json.tool") is None
+        (True, False)
+    """
+    outermost = name.partition(".")[0]
+    found = PathFinder.find_spec(outermost, [os.getcwd(), *sys.path])
+    return found or BuiltinImporter.find_spec(outermost)
+
+
 def add_parser(commands: Any) -> None:
     """Add `launch` to the commands of `jaxtrainer`."""
     parser = commands.add_parser(
@@ -307,6 +320,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("launch: numbers of processes and devices are 1 or more.")
     if not args.module and not args.program:
         raise ConfigError("launch: what is to be run? `jaxtrainer launch --processes 2 train.py`")
+    if args.program and not args.module and not Path(args.program[0]).exists():
+        raise ConfigError(
+            f"launch: there is no {args.program[0]}; pass a script, or `-m package.module`."
+        )
+    if args.module and find_module(args.module) is None:
+        raise ConfigError(f"launch: there is no module {args.module!r} here, or on Python's path.")
     if not 0 <= args.host_index < args.hosts:
         raise ConfigError(
             f"launch: --host-index {args.host_index} of --hosts {args.hosts}: they are counted "

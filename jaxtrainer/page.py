@@ -210,10 +210,10 @@ def _bar(share: float) -> str:
 
 
 def _checkpoints(account: Account) -> str:
-    best = os.path.normpath(account.best_checkpoint) if account.best_checkpoint else None
+    best = _best_of(account)
     rows = [
         [
-            f"{saved.step:,}" + (" (best)" if os.path.normpath(saved.path) == best else ""),
+            f"{saved.step:,}" + (" (best)" if saved.path in best else ""),
             "" if saved.score is None else _number(saved.score),
             "" if saved.size_bytes is None else format_bytes(saved.size_bytes),
             f"<code>{escape(saved.path)}</code>",
@@ -221,6 +221,18 @@ def _checkpoints(account: Account) -> str:
         for saved in account.checkpoints
     ]
     return _table(["#step", "#score", "#size", "directory"], rows)
+
+
+def _best_of(account: Account) -> list[str]:
+    """Return the directory of the best checkpoint as the list of checkpoints names it."""
+    paths = [saved.path for saved in account.checkpoints]
+    if account.best_checkpoint is None:
+        return []
+    best = os.path.abspath(account.best_checkpoint)
+    # The run may have been moved since, but its directories are still called the same.
+    return [path for path in paths if os.path.abspath(path) == best] or [
+        path for path in paths if os.path.basename(path) == os.path.basename(best)
+    ]
 
 
 def _notices(notices: Iterable[str]) -> str:

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtrainer import cli
+from jaxtrainer import cli, read_predictions
 from jaxtrainer.checkpoint import read_arrays, read_record
 from jaxtrainer.commandline.imports import is_allowed, typed
 from jaxtrainer.commandline.loaders import arguments_of
+from jaxtrainer.commandline.saved import SavedConfiguration
 from jaxtrainer.errors import ConfigError
+from jaxtrainer.settings import settings_of
 from tests import tiny
-from tests.cli_program import Data, Mark
+from tests.cli_program import Data, Keyed, Mark
 
 MODULE = "--module tests.cli_program:Keyed"
 DATA = "--data tests.cli_program:make_pair"
@@ -89,6 +91,11 @@ def test_saved_configuration_is_resolved_and_has_no_secret(run: Path):
     assert found["trainer"]["callbacks"][0]["init_args"]["monitor"] is None
 
 
+def test_configuration_is_no_setting_of_its_run():
+    saved = SavedConfiguration("trainer: {seed: 1}", "runs")
+    assert settings_of({}, Keyed(), [saved])["callbacks"] == {"SavedConfiguration": {}}
+
+
 def test_hidden_value_is_asked_for(run: Path, capsys: pytest.CaptureFixture[str]):
     saved = run / "run" / "config.yaml"
     line = says(capsys, "fit --config", saved, ALLOW)
@@ -116,6 +123,23 @@ def test_checkpoint_is_tested(run: Path, capsys: pytest.CaptureFixture[str]):
     assert call(ask, run / "run") == 0
     assert "test/loss" in capsys.readouterr().out
     assert "no checkpoint at" in says(capsys, ask, run / "nowhere")
+
+
+QUIET = "--trainer.enable_progress_bar false --trainer.compilation_cache false"
+
+
+def test_checkpoint_is_validated(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert call("validate", MODULE, DATA, QUIET, "--ckpt_path", run / "run") == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+def test_predictions_are_a_directory_of_batches(run: Path, capsys: pytest.CaptureFixture[str]):
+    ask = f"predict {MODULE} --data tests.cli_program:make_rows {QUIET} --output {run / 'rows'}"
+    assert call(ask, "--ckpt_path", run / "run") == 0
+    assert capsys.readouterr().out == f"{run / 'rows'}\n"
+    batches = [*read_predictions(run / "rows")]
+    assert [batch.shape for batch in batches] == [(8, tiny.CLASSES)] * 3
+    assert "rows has predictions already" in says(capsys, ask)
 
 
 def test_inspect_shows_arrays_without_the_classes(run: Path, capsys: pytest.CaptureFixture[str]):
@@ -214,6 +238,37 @@ def test_what_is_typed_may_be_imported_and_nothing_beside_it():
     assert typed(words) == ["mine.calls", "other"]
     assert is_allowed("mine.calls.Stop", ["mine.calls"])
     assert not is_allowed("mine.calls_too.Stop", ["mine.calls"])
+
+
+def test_nested_value_is_said_as_it_was_typed(capsys: pytest.CaptureFixture[str]):
+    line = says(capsys, "plan", MODULE, DATA, "--mesh.data x")
+    assert line == "mesh: expected dict[str, int] or 'auto' or None, got data=x."
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("fitt", "argument command: invalid choice: 'fitt'"),
+        ("inspect", "the following arguments are required: CKPT; see `jaxtrainer inspect --help`."),
+        ("devices --foo", "unrecognized arguments: --foo; see `jaxtrainer --help`."),
+        ("report nowhere", "nowhere is no directory; pass the directory of a run."),
+        ("inspect nowhere", "no checkpoint at"),
+        ("launch --processes two x.py", "argument --processes: invalid int value: 'two'"),
+        ("launch --processes 2 nowhere.py", "launch: there is no nowhere.py; pass a script, or"),
+        ("launch --processes 2 -m nowhere.x", "launch: there is no module 'nowhere.x' here, or on"),
+    ],
+)
+def test_command_that_cannot_work_says_so_in_one_line(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code = call(words)
+    except SystemExit as ended:
+        code = ended.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.err.count("\n") == 1
+    assert line in captured.err
 
 
 def test_help_shows_the_options_of_the_module(capsys: pytest.CaptureFixture[str]):

@@ -53,7 +53,9 @@ def missing(line: str) -> list[str]:
     there = {
         r"^make ([a-z-]+)": lambda name: re.search(rf"^{name}:", MAKEFILE, re.MULTILINE),
         r"^python ((?:recipes|benchmarks|tests)/\S+)": lambda name: (ROOT / name).is_file(),
-        r"pip install '(?:\.|jaxtrainer)\[(\w+)\]": lambda name: name in EXTRAS,
+        r"pip install '(?:\.|jaxtrainer)\[([\w,]+)\]": lambda names: (
+            {*names.split(",")} <= {*EXTRAS}
+        ),
         r"^jaxtrainer ([a-z]+)\b": has_command,
     }
     found = [(what, exists) for p, exists in there.items() for what in re.findall(p, line)]

@@ -160,11 +160,18 @@ def test_doctor_with_a_failure_returns_1():
     assert "1 of these must be put right" in file.getvalue()
 
 
-def test_command_devices_lists_each_and_the_mesh():
+def test_command_devices_lists_each_and_the_meshes():
     code, out = call(add_parsers, "devices")
     assert code == 0
     assert out.splitlines()[0] == "cpu:0"
-    assert out.splitlines()[-1] == 'All 8 share each batch: Trainer(mesh={"data": 8}), the default.'
+    assert out.splitlines()[-2:] == [
+        'All 8 share each batch: Trainer(mesh={"data": 8}), the default.',
+        'A model too large for one: kept in 8 parts by Trainer(mesh={"fsdp": 8}).',
+    ]
+
+
+def test_one_device_needs_no_mesh():
+    assert doctor.suggested_meshes(1) == ["One device: leave `mesh` out of the `Trainer`."]
 
 
 def test_device_is_described_with_memory_and_peak():

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -115,6 +116,19 @@ def test_report_of_a_relative_directory_lists_each_checkpoint_once(
     paths = [saved.path for saved in result.account().checkpoints]
     assert paths == [str(tmp_path / "run" / f"step_{step}") for step in (8, 16)]
     assert {result.best_checkpoint, result.last_checkpoint} <= {*paths}
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_report_marks_the_best_checkpoint_however_the_run_is_named(
+    run_dir: Path, tmp_path: Path, moves: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if moves:
+        run_dir = shutil.copytree(run_dir, tmp_path / "elsewhere")
+    monkeypatch.chdir(run_dir.parent)
+    account = read_account(run_dir.name)
+    assert account.best_checkpoint is not None
+    marked = re.findall(r"(\d+) \(best\)", page(account))
+    assert marked == [Path(account.best_checkpoint).name.removeprefix("step_")]
 
 
 def test_report_asks_for_nothing_and_runs_nothing(run_dir: Path):

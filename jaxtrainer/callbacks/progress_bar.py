@@ -16,6 +16,7 @@ from jaxtrainer.callback import Callback
 from jaxtrainer.display.frames import Bar, Frame, Status
 from jaxtrainer.display.live import Display, LiveDisplay, PlainDisplay, can_draw_in_place
 from jaxtrainer.display.meter import Meter
+from jaxtrainer.display.notebook import NotebookDisplay, is_notebook
 from jaxtrainer.display.text import format_metrics, format_seconds
 from jaxtrainer.errors import ConfigError, checks_options
 from jaxtrainer.run import Run
@@ -91,6 +92,8 @@ class ProgressBar(Callback):
         if not distributed.is_first():
             console = Console(quiet=True)
         tick_s = 1 / self.refresh_per_second if self.refresh_per_second else 0.0
+        if is_notebook(console):
+            return NotebookDisplay(frames=self.frames, notices=lambda: run.notices, tick_s=tick_s)
         if can_draw_in_place(console):
             return LiveDisplay(
                 console,

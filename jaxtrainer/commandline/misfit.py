@@ -29,6 +29,8 @@ _IN_CLASS = re.compile(
     re.DOTALL,
 )
 _GIVEN = re.compile(r"(?:Given value|Got value): (.*)")
+_QUOTES = "'\""
+_NESTED = re.compile(r"NestedArg\(key='([^']*)', val=(.*)\)$")
 
 
 def described(message: str, parser: Any) -> str:
@@ -60,6 +62,8 @@ def denied(message: str) -> str | None:
 
 def _of_value(key: str, said: str, parser: Any) -> str:
     value = _GIVEN.findall(said)[-1:] or [""]
+    if nested := _NESTED.match(value[0]):
+        value = [f"{nested[1]}={nested[2].strip(_QUOTES)}"]
     if found := _DENIED.search(said):
         module = found[1].rpartition(".")[0] or found[1]
         return (

@@ -33,7 +33,8 @@ class SavedConfiguration(Callback):
     may_log = False
 
     def __init__(self, text: str, root: str | None) -> None:
-        self.text, self.root = text, root
+        # Private: it is no setting of the run, whose record would have it a second time.
+        self._text, self._root = text, root
         self.trainer: Trainer | None = None
 
     def on_fit_start(self, run: Run) -> None:
@@ -44,10 +45,10 @@ class SavedConfiguration(Callback):
         path = directory / FILE
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and path.read_text(encoding="utf-8") == self.text:
+            if path.is_file() and path.read_text(encoding="utf-8") == self._text:
                 return
             set_aside(path)
-            path.write_text(self.text, encoding="utf-8")
+            path.write_text(self._text, encoding="utf-8")
         except OSError as error:
             raise RunDirError(f"cannot write {path}: {error}.") from error
 
@@ -55,7 +56,7 @@ class SavedConfiguration(Callback):
         if self.trainer is None:
             return None
         saves = [c.dirpath for c in self.trainer.callbacks if isinstance(c, Checkpoint)]
-        root = Path(self.root or ".")
+        root = Path(self._root or ".")
         logs = [root / x.directory for x in self.trainer.loggers if x.directory is not None]
         places = [*(Path(s) for s in saves if not is_url(s)), *logs]
-        return places[0] if places else Path(self.root) if self.root else None
+        return places[0] if places else Path(self._root) if self._root else None

@@ -1,4 +1,4 @@
-"""Where frames are drawn: in place on a terminal or notebook, or as lines in a log.
+"""Where frames are drawn: in place on a terminal, or as lines in a log; `notebook` has a third.
 
 Both have their own thread, so that the program only calls `print` and `refresh` when
 something happens. Imports the frames, rich and the standard library.
@@ -7,7 +7,6 @@ something happens. Imports the frames, rich and the standard library.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import sys
 import threading
@@ -220,13 +219,11 @@ class PlainDisplay(Display):
 
 
 def can_draw_in_place(console: Console) -> bool:
-    """Return whether frames can be drawn over: on a terminal, or in a notebook with widgets.
+    """Return whether frames can be drawn over on a terminal.
 
     `FORCE_COLOR`, which many CI services set, makes rich take a log file for a terminal;
     so the file itself is asked.
     """
-    if console.is_jupyter:
-        return importlib.util.find_spec("ipywidgets") is not None
     return console.is_interactive and _is_tty(console.file)
 
 

@@ -33,7 +33,7 @@ svg text { font-size: 12px; fill: var(--soft) }
 .grid { stroke: var(--rule) } .mark { stroke: var(--soft); stroke-dasharray: 2 4; opacity: .6 }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round }
 .dense { stroke-width: 1 }
-.faint { stroke-width: 1; opacity: .4 }
+.faint { stroke-width: 1; opacity: .55 }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
   list-style: none; font-size: 13px; overflow-wrap: anywhere }
 .legend svg { display: inline-block; width: 12px; height: 12px; margin-right: 6px;
@@ -46,6 +46,7 @@ th { color: var(--soft); font-weight: 500; font-size: 13px }
 td.n, th.n { text-align: right; white-space: nowrap }
 td svg { width: 160px; height: 10px; margin-top: 6px } td rect { fill: var(--c0) }
 code { font: 13px/1.5 ui-monospace, monospace }
+@media (max-width: 560px) { svg text { font-size: 18px } body { padding: 16px } }
 COLORS
 @media print { body { max-width: none } figure { break-inside: avoid } }
 """

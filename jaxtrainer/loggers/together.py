@@ -44,6 +44,7 @@ class Loggers(Callback):
 
     order = 3
     may_log = False
+    _of_first_process = True
 
     def __init__(
         self, given: Any, root: Path, options: Mapping[str, Any], *, writes: bool = True
