@@ -151,15 +151,36 @@ def read_arrays(path: Path, items: Sequence[str] = ITEMS) -> Arrays:
     Raises:
         CheckpointCorruptError: If the files are damaged, naming the arrays.
     """
+    return read_some(path, {k: flat for k, flat in saved_specs(path, items).items() if flat})
+
+
+def saved_specs(path: Path, items: Sequence[str]) -> Arrays:
+    """Return stand-ins of all the arrays of some items, with their shapes and dtypes."""
     manifest = read_record(path)[ARRAYS]
     with _reading(path):
         wanted = {item: names_in(manifest, item) for item in items}
-        specs = {
+        return {
             item: {name: spec_of(manifest[f"{item}/{name}"]) for name in names}
             for item, names in wanted.items()
-            if names
         }
-    return _read(path, manifest, specs)
+
+
+def read_some(path: Path, wanted: Arrays) -> Arrays:
+    """Return some arrays of a checkpoint, by item and name.
+
+    Args:
+        path: A step directory.
+        wanted: For each array what `saved_specs` says, for NumPy, or a `jax.ShapeDtypeStruct` with
+            a sharding, of which each device reads its part.
+
+    Raises:
+        CheckpointCorruptError: If the files are damaged, naming the arrays.
+    """
+    # Orbax reads an item whole; what nobody asks for goes to the host's memory, and from there.
+    specs = saved_specs(path, [*wanted])
+    whole = {item: {**specs[item], **flat} for item, flat in wanted.items()}
+    found = _read(path, read_record(path)[ARRAYS], whole)
+    return {item: {name: found[item][name] for name in flat} for item, flat in wanted.items()}
 
 
 def verify(path: Path) -> None:

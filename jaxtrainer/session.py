@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxtrainer import distributed
 from jaxtrainer.agreement import Agreement
@@ -39,9 +38,8 @@ from jaxtrainer.loaders import refuse_several
 from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
-from jaxtrainer.partition import build_layout
 from jaxtrainer.peers import peers_of
-from jaxtrainer.programs import Initializer, shardings
+from jaxtrainer.programs import Initializer, layout_of, shardings
 from jaxtrainer.record import base_record
 from jaxtrainer.rows import of_this_process
 from jaxtrainer.run import Run
@@ -172,9 +170,7 @@ class Session:
     @functools.cached_property
     def layout(self) -> Layout:
         """Return where parameters, and what follows them, live."""
-        params, variables = self.initializer.params, self.initializer.adapter.variables
-        sharding, may_idle = self.options.sharding, isinstance(self.options.mesh, Mesh)
-        return build_layout(self.mesh, sharding, params, variables(params), may_idle=may_idle)
+        return layout_of(self.initializer, self.options, self.mesh)
 
     @property
     def variables(self) -> tuple[PyTree, PyTree]:
