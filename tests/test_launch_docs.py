@@ -1,4 +1,4 @@
-"""What `docs/launch.md` and `docs/scale.md` tell to write: the parser and the signatures take it."""
+"""What `docs/launch.md` and `docs/scale.md` tell to write: parser and signatures take it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import yaml
 from jaxtrainer import Trainer, cli, distributed, launch
 from jaxtrainer.accelerators import ACCELERATORS
 from jaxtrainer.callbacks import Checkpoint
-from jaxtrainer.errors import ConfigError
 from jaxtrainer.plan import Plan
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -61,12 +60,12 @@ def test_every_command_line_of_the_pages_is_taken():
 
 
 @pytest.mark.parametrize("old", ["--processes", "--host-index", "--devices-per-process"])
-def test_command_line_with_another_flag_is_found(old: str, capsys: pytest.CaptureFixture[str]):
-    text = BOTH.replace(f"{old} ", f"{old}s ")
-    with pytest.raises((SystemExit, ConfigError)):
-        for words in commands(text):
-            parse(words)
-    assert "required" in (said := capsys.readouterr().err) or "unrecognized" in said or old in said
+def test_command_line_with_another_flag_is_found(old: str):
+    wrong = f"{old}s"
+    lines = commands(BOTH.replace(f"{old} ", f"{wrong} "))
+    words = next(words for words in lines if wrong in words)
+    with pytest.raises(SystemExit):
+        parse(words)
 
 
 def test_subcommands_that_the_text_names_exist():
@@ -104,12 +103,16 @@ def test_pod_of_the_jobset_finds_the_others(monkeypatch: pytest.MonkeyPatch):
 
 def test_variable_that_says_the_devices_of_a_process_is_one_of_jax():
     assert "JAX_LOCAL_DEVICE_IDS" in TEXTS["launch"]
-    assert "JAX_LOCAL_DEVICE_IDS" in inspect.getsource(inspect.getmodule(jax.distributed.initialize))
+    assert "JAX_LOCAL_DEVICE_IDS" in inspect.getsource(
+        inspect.getmodule(jax.distributed.initialize)
+    )
 
 
 def spans(text: str) -> list[str]:
     """The pieces of code in a text, blocks left out."""
-    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.findall(
+        r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    )
 
 
 def keywords(span: str) -> dict[str, ast.expr]:
@@ -164,7 +167,8 @@ def test_trainer_takes_the_options_of_the_pages():
     assert len(mine) > 8
     for given in mine:
         values = {
-            name: eval(ast.unparse(value), {"PartitionSpec": jax.P}) for name, value in given.items()
+            name: eval(ast.unparse(value), {"PartitionSpec": jax.P})
+            for name, value in given.items()
         }
         if values.get("mesh") != "auto":
             Trainer(max_epochs=1, enable_progress_bar=False, **values)
