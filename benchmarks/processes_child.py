@@ -119,7 +119,7 @@ def by_hand(steps: int) -> float:
         make = jax.make_array_from_process_local_data
         return jax.tree.map(lambda x: make(split, x[mine], x.shape), data)
 
-    loss: Any = None
+    loss, seconds = None, 0.0
     for _ in range(2):
         following = put()
         began = time.perf_counter()
@@ -128,7 +128,7 @@ def by_hand(steps: int) -> float:
             following = put()
             # Programs of several CPU devices must not queue up, see `sharding.is_lockstep`.
             if len(mesh.local_devices) > 1:
-                loss.block_until_ready()
+                jax.block_until_ready(loss)
         jax.block_until_ready((state, loss))
         seconds = time.perf_counter() - began
     return seconds / steps

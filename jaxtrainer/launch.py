@@ -137,8 +137,9 @@ class Processes:
         """Whether a process has ended by a signal that all of them got."""
         if self._forwarded is None:
             return False
-        codes = [process.returncode for process in self.started]
-        return 128 + self._forwarded in [exit_code(code or 0) for code in codes]
+        codes = {exit_code(process.returncode or 0) for process in self.started}
+        # One that failed of itself meanwhile is what there is to be told.
+        return codes - {0, EXIT_RESTART} == {128 + self._forwarded}
 
     def kill(self) -> None:
         """End them at once."""
