@@ -88,11 +88,15 @@ def train(steps: int, k: int | str = 1) -> Half:
     return half
 
 
-def by_hand(steps: int) -> float:
+def by_hand(steps: int, *, is_resident: bool = False) -> float:
     """Return the seconds of a jitted step in a plain loop, with the same data on the same mesh.
 
     The next batch is put on the devices while a step runs, as a careful loop does it: each process
     its own rows, from the host's arrays.
+
+    Args:
+        steps: Of an epoch.
+        is_resident: Put nothing, but use one batch again and again: what no feed can be below.
     """
     mesh = Mesh(np.array(jax.devices()), ("data",))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -125,7 +129,7 @@ def by_hand(steps: int) -> float:
         began = time.perf_counter()
         for _ in range(steps):
             state, loss = step(state, following)
-            following = put()
+            following = following if is_resident else put()
             # Programs of several CPU devices must not queue up, see `sharding.is_lockstep`.
             if len(mesh.local_devices) > 1:
                 jax.block_until_ready(loss)
