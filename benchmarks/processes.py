@@ -150,18 +150,18 @@ def host() -> dict[str, float]:
         limit.append(child.by_hand(steps, is_resident=True))
     found = {
         "devices": float(child.num_devices()),
-        "limit us/step": 1e6 * median(limit),
-        "by hand us/step": 1e6 * median(hand),
+        "limit us": 1e6 * median(limit),
+        "by hand us": 1e6 * median(hand),
     }
-    for name, halves in (("K = 1", single), ("auto", fused)):
+    for name, halves in (("K=1", single), ("auto", fused)):
         each = [half.seconds / steps for half in halves]
         pairs = list(zip(each, hand, strict=True))
         found |= {
-            f"{name} us/step": 1e6 * median(each),
-            f"{name} added us": 1e6 * median(mine - other for mine, other in pairs),
-            f"{name} / by hand": median(mine / other for mine, other in pairs),
+            f"{name} us": 1e6 * median(each),
+            f"{name} added": 1e6 * median(mine - other for mine, other in pairs),
+            f"{name} / hand": median(mine / other for mine, other in pairs),
         }
-    return found | {"K of auto": float(fused[-1].chosen)}
+    return found | {"auto: K": float(fused[-1].chosen)}
 
 
 def main(argv: Sequence[str] | None = None) -> Report | None:
@@ -183,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
             rows[task].append({"processes": processes, **slowest})
     report.add("what processes do together", rows["costs"])
     report.add("the watchdog's two threads", rows["watched"])
-    report.add("a step on virtual devices, by the trainer and by hand", rows["host"])
+    report.add(
+        "microseconds of a step on virtual devices, by the trainer and by hand", rows["host"]
+    )
     report.finish()
     return report
 
