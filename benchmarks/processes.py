@@ -6,8 +6,10 @@ check       what a step of the loop asks: `Agreement.tick`
 watchdog    step time with the two threads over step time without, A B A B ... in one run, and the
             share of one core that they use
 table       one round of the thread that talks: its row, all rows, no reason to leave
-host        host time that a step adds, of one process with 1, 2, 4 and 8 virtual devices, over the
-            step compiled alone on as many; the maths is the same in both
+host        time of a step with one step a dispatch and with as many as the trainer chooses, over
+            that of a loop by hand, which puts the next batch on the devices while a step runs; the
+            limit is that loop with one batch that stays there, step by step as well. With 1, 2, 4
+            and 8 virtual devices of one process, and 8 of 2 and of 4. The maths is the same in all
 
     PYTHONPATH=. python benchmarks/processes.py
 """
@@ -136,17 +138,30 @@ def _train(steps: int, *, share: bool = False) -> float:
 
 
 def host() -> dict[str, float]:
-    """Return what the host adds to a step, in this process and on its devices."""
-    from benchmarks import processes_child
+    """Return what the trainer adds to a step, A B C A B C ..., in this process on its devices."""
+    from benchmarks import processes_child as child
 
-    rounds = [(_train(512), processes_child.by_hand(512)) for _ in range(3)]
-    added = [mine - hand for mine, hand in rounds]
-    return {
-        "devices": float(processes_child.num_devices()),
-        "us/step": 1e6 * median(mine for mine, _ in rounds),
-        "added us/step": 1e6 * median(added),
-        "/ by hand": median(mine / hand for mine, hand in rounds),
+    steps, rounds = 512, 3
+    single, fused, hand, limit = [], [], [], []
+    for _ in range(rounds):
+        single.append(child.train(steps))
+        fused.append(child.train(steps, "auto"))
+        hand.append(child.by_hand(steps))
+        limit.append(child.by_hand(steps, is_resident=True))
+    found = {
+        "devices": float(child.num_devices()),
+        "limit us": 1e6 * median(limit),
+        "by hand us": 1e6 * median(hand),
     }
+    for name, halves in (("K=1", single), ("auto", fused)):
+        each = [half.seconds / steps for half in halves]
+        pairs = list(zip(each, hand, strict=True))
+        found |= {
+            f"{name} us": 1e6 * median(each),
+            f"{name} added": 1e6 * median(mine - other for mine, other in pairs),
+            f"{name} / hand": median(mine / other for mine, other in pairs),
+        }
+    return found | {"auto: K": float(fused[-1].chosen)}
 
 
 def main(argv: Sequence[str] | None = None) -> Report | None:
@@ -168,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
             rows[task].append({"processes": processes, **slowest})
     report.add("what processes do together", rows["costs"])
     report.add("the watchdog's two threads", rows["watched"])
-    report.add("host time on virtual devices", rows["host"])
+    report.add(
+        "microseconds of a step on virtual devices, by the trainer and by hand", rows["host"]
+    )
     report.finish()
     return report
 
@@ -178,7 +195,7 @@ def _settings(short: bool) -> dict[str, list[tuple[int, int]]]:
     return {
         "costs": [(2, 1)] if short else [(2, 1), (4, 1)],
         "watched": [(2, 1)],
-        "host": [(1, 1), (1, 2)] if short else [(1, 1), (1, 2), (1, 4), (1, 8)],
+        "host": [(1, 2), (2, 1)] if short else [*((1, n) for n in (1, 2, 4, 8)), (2, 4), (4, 2)],
     }
 
 

@@ -5,6 +5,7 @@ The batch grows with the devices (weak scaling), so that each computes the same.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -51,6 +52,12 @@ class Half(Callback):
     """Takes the time of the second epoch, and that of the watchdog's threads on a processor."""
 
     seconds = cpu_s = 0.0
+    chosen = 1
+
+    def on_train_start(self, run: Run) -> None:
+        found = [re.match(r"(?:up to )?(\w+) steps? a dispatch", line) for line in run.notices]
+        words = [match[1] for match in found if match]
+        self.chosen = int(words[0]) if words and words[0].isdecimal() else 1
 
     def on_train_epoch_start(self, run: Run) -> None:
         jax.block_until_ready(run.state)
@@ -67,17 +74,30 @@ def _cpu_s() -> float:
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in alive)
 
 
-def train(steps: int) -> Half:
-    """Train two epochs of so many steps, one a dispatch, and return the times of the second."""
+def train(steps: int, k: int | str = 1) -> Half:
+    """Train two epochs of so many steps, and return the times of the second.
+
+    Args:
+        steps: Of an epoch.
+        k: Steps of a dispatch.
+    """
     half = Half()
-    options: dict[str, Any] = {"steps_per_dispatch": 1, "enable_progress_bar": False}
+    options: dict[str, Any] = {"steps_per_dispatch": k, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=2, callbacks=[half], compilation_cache=False, **options)
     trainer.fit(Line(), [batch()] * steps)
     return half
 
 
-def by_hand(steps: int) -> float:
-    """Return the same of a jitted step in a plain loop, with the same data on the same mesh."""
+def by_hand(steps: int, *, is_resident: bool = False) -> float:
+    """Return the seconds of a jitted step in a plain loop, with the same data on the same mesh.
+
+    The next batch is put on the devices while a step runs, as a careful loop does it: each process
+    its own rows, from the host's arrays.
+
+    Args:
+        steps: Of an epoch.
+        is_resident: Put nothing, but use one batch again and again: what no feed can be below.
+    """
     mesh = Mesh(np.array(jax.devices()), ("data",))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     graphdef, params = nnx.split(nnx.Linear(FEATURES, 1, rngs=nnx.Rngs(0)))
@@ -94,14 +114,25 @@ def by_hand(steps: int) -> float:
         return (optax.apply_updates(params, updates), opt_state), loss
 
     step, data = jax.jit(update, donate_argnums=0), batch()
-    loss: Any = None
+    count, each = jax.process_count(), ROWS * len(mesh.local_devices)
+    mine = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def put() -> Any:
+        if count == 1:
+            return jax.device_put(data, split)
+        make = jax.make_array_from_process_local_data
+        return jax.tree.map(lambda x: make(split, x[mine], x.shape), data)
+
+    loss, seconds = None, 0.0
     for _ in range(2):
+        following = put()
         began = time.perf_counter()
         for _ in range(steps):
-            state, loss = step(state, jax.device_put(data, split))
+            state, loss = step(state, following)
+            following = following if is_resident else put()
             # Programs of several CPU devices must not queue up, see `sharding.is_lockstep`.
-            if num_devices() > 1:
-                loss.block_until_ready()
+            if len(mesh.local_devices) > 1:
+                jax.block_until_ready(loss)
         jax.block_until_ready((state, loss))
         seconds = time.perf_counter() - began
     return seconds / steps

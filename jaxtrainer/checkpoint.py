@@ -152,14 +152,31 @@ def read_arrays(path: Path, items: Sequence[str] = ITEMS) -> Arrays:
         CheckpointCorruptError: If the files are damaged, naming the arrays.
     """
     manifest = read_record(path)[ARRAYS]
-    with _reading(path):
-        wanted = {item: names_in(manifest, item) for item in items}
-        specs = {
-            item: {name: spec_of(manifest[f"{item}/{name}"]) for name in names}
-            for item, names in wanted.items()
-            if names
-        }
-    return _read(path, manifest, specs)
+    specs = _specs(path, manifest, items)
+    return _read(path, manifest, {item: flat for item, flat in specs.items() if flat})
+
+
+def saved_specs(path: Path, items: Sequence[str]) -> Arrays:
+    """Return stand-ins of all the arrays of some items, with their shapes and dtypes."""
+    return _specs(path, read_record(path)[ARRAYS], items)
+
+
+def read_some(path: Path, wanted: Arrays) -> Arrays:
+    """Return some arrays of a checkpoint, by item and name.
+
+    Args:
+        path: A step directory.
+        wanted: For each array what `saved_specs` says, for NumPy, or a `jax.ShapeDtypeStruct` with
+            a sharding, of which each device reads its part.
+
+    Raises:
+        CheckpointCorruptError: If the files are damaged, naming the arrays.
+    """
+    manifest = read_record(path)[ARRAYS]
+    # Orbax reads an item whole; what nobody asks for goes to the host's memory, and from there.
+    specs = _specs(path, manifest, [*wanted])
+    found = _read(path, manifest, {item: {**specs[item], **flat} for item, flat in wanted.items()})
+    return {item: {name: found[item][name] for name in flat} for item, flat in wanted.items()}
 
 
 def verify(path: Path) -> None:
@@ -211,6 +228,14 @@ def named(tree: Any) -> dict[str, Any]:
         twice = ", ".join(leaves)
         raise CheckpointError(f"two arrays of the state have one name, with `/` in it: {twice}")
     return leaves
+
+
+def _specs(path: Path, manifest: Mapping[str, Any], items: Sequence[str]) -> Arrays:
+    with _reading(path):
+        return {
+            item: {name: spec_of(manifest[f"{item}/{name}"]) for name in names_in(manifest, item)}
+            for item in items
+        }
 
 
 def _read(path: Path, manifest: Mapping[str, Any], wanted: Arrays) -> Arrays:

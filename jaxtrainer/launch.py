@@ -1,7 +1,7 @@
 """`jaxtrainer launch`: runs a program in several processes of this host, and ends them together.
 
 Each is `python -m jaxtrainer.launched program ...`, which joins the others before the program
-begins. Imports `distributed` only; the launcher itself touches no device.
+begins. Imports `distributed` and `ending`; the launcher itself touches no device.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxtrainer.distributed import ADDRESS, COUNT, INDEX
+from jaxtrainer.ending import EXIT_RESTART
 from jaxtrainer.errors import ConfigError
 
 GRACE_S = 45.0
@@ -82,6 +83,7 @@ class Processes:
         self._write_lock = threading.Lock()
         self._ends_at: float | None = None
         self._was_told = False
+        self._forwarded: int | None = None
 
     def start(self) -> Processes:
         """Start them."""
@@ -100,6 +102,8 @@ class Processes:
                 self._ends_at = time.monotonic() + self.grace_s
         if None not in codes:
             self._finish()
+            if self._ended_by_signal:
+                return 128 + (self._forwarded or 0)
             return 0 if self.first_failure is None else self.first_failure[1]
         self._end_late(codes)
         return None
@@ -123,6 +127,20 @@ class Processes:
         for process in self.started:
             if process.poll() is None:
                 process.send_signal(number)
+
+    def forward(self, number: int) -> None:
+        """Send a signal that this process has got, as a terminal would to all."""
+        self._forwarded = number
+        self.send(number)
+
+    @property
+    def _ended_by_signal(self) -> bool:
+        """Whether a process has ended by a signal that all of them got."""
+        if self._forwarded is None:
+            return False
+        codes = {exit_code(process.returncode or 0) for process in self.started}
+        # One that failed of itself meanwhile is what there is to be told.
+        return codes - {0, EXIT_RESTART} == {128 + self._forwarded}
 
     def kill(self) -> None:
         """End them at once."""
@@ -215,12 +233,21 @@ class Processes:
     def _finish(self) -> None:
         for thread in self._readers:
             thread.join(timeout=5.0)
-        if self.first_failure is not None:
+        if self._ended_by_signal:
+            # What each of them says of that is the same, and process 0 has said it.
+            name = signal.Signals(self._forwarded or 0).name
+            self._show(f"jaxtrainer launch: ended by {name}")
+        elif self.first_failure is not None:
             index, code = self.first_failure
-            if self.output == "first" and index != 0:
+            if self.output == "first" and index != 0 and not self._is_told_already(code):
                 for line in self._tails[index]:
                     self._show(f"[{index}] {line}")
             self._show(f"jaxtrainer launch: process {index} ended first, with exit code {code}")
+
+    def _is_told_already(self, code: int) -> bool:
+        # An exception that all have raised: a process that is left by another one has its own code.
+        is_here = self.host == 0 and self.started[0].returncode == code
+        return is_here and code != EXIT_RESTART
 
 
 def free_port() -> int:
@@ -307,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         grace_s=args.grace,
     )
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _: processes.send(number)) for n in numbers}
+    before = {n: signal.signal(n, lambda number, _: processes.forward(number)) for n in numbers}
     try:
         return processes.start().wait()
     finally:

@@ -39,7 +39,7 @@ def manifest_of(items: Mapping[str, Any], threads: int = 1) -> dict[str, dict[st
     """
     flat = [(f"{item}/{k}", x) for item, arrays in items.items() for k, x in arrays.items()]
     # In the order of the names, because gathering from other processes is a collective.
-    values = ((name, _on_host(x)) for name, x in flat)
+    values = ((name, on_host(x)) for name, x in flat)
     if threads == 1:
         return {name: _entry(value) for name, value in values}
     with ThreadPoolExecutor(threads) as pool:
@@ -50,6 +50,14 @@ def damaged(items: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Return the names of the arrays that are not what the manifest says."""
     found = manifest_of(items, THREADS)
     return [name for name, entry in found.items() if manifest.get(name) != entry]
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Return the whole of an array; all processes call it where each has a part only."""
+    is_jax = isinstance(array, jax.Array)
+    if is_jax and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,13 +124,6 @@ def names_in(manifest: Iterable[str], item: str) -> list[str]:
 def _entry(value: np.ndarray) -> dict[str, Any]:
     data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     return {"dtype": str(value.dtype), "shape": list(value.shape), "blake2b": _digest(data)}
-
-
-def _on_host(array: Any) -> np.ndarray:
-    is_jax = isinstance(array, jax.Array)
-    if is_jax and not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def _canonical(record: Mapping[str, Any]) -> bytes:

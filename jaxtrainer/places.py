@@ -21,8 +21,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-import jax
-
 from jaxtrainer.errors import CheckpointError, ConfigError, RunDirError
 from jaxtrainer.lease import Lease
 from jaxtrainer.lock import lock_of
@@ -95,11 +93,6 @@ def _has_item(path: RemotePath, item: str) -> bool:
 
 @probe.register(RemotePath)
 def _probe(directory: RemotePath) -> None:
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"{directory}: {jax.process_count()} processes cannot save into an object store "
-            "together yet; pass `Checkpoint` a directory that all of them see."
-        )
     name = f".write_probe_{os.getpid()}"
     try:
         (directory / name).write_bytes(b"x")

@@ -1,6 +1,7 @@
 """`load_params`: weights of another run into a fresh model, and a report of which.
 
-May import levels 0 to 4.
+What is to be loaded is settled on names and shapes; then the arrays that are wanted are read, each
+device its part. May import levels 0 to 6.
 """
 
 from __future__ import annotations
@@ -9,25 +10,27 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from jaxtrainer import distributed
-from jaxtrainer.checkpoint import find_checkpoint, read_arrays
+from jaxtrainer.checkpoint import Arrays, find_checkpoint, read_some, saved_specs
 from jaxtrainer.checks import require
 from jaxtrainer.errors import CheckpointMismatchError, ConfigError
+from jaxtrainer.layout import Layout
 from jaxtrainer.manifest import described
 from jaxtrainer.module import TrainModule
 from jaxtrainer.optim import matching, nearest
-from jaxtrainer.precision import parse_precision
-from jaxtrainer.programs import Initializer
+from jaxtrainer.precision import Precision, parse_precision
+from jaxtrainer.programs import Initializer, layout_of, shardings
 from jaxtrainer.result import render
+from jaxtrainer.sharding import build_mesh
 from jaxtrainer.state import flat_items, nest
+from jaxtrainer.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ def load_params(
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     rename: Mapping[str, str] | None = None,
+    trainer: Trainer | None = None,
     seed: int = 0,
     verbose: bool = True,
 ) -> LoadReport:
@@ -92,6 +96,9 @@ def load_params(
         exclude: What of it not to.
         rename: Where the names differ: `{"backbone": "encoder"}`, from the name in the checkpoint
             to the name in the model.
+        trainer: Where its `mesh` and `sharding` divide the model, each device reads its part, and
+            a model that is larger than a device is never whole on one. None: whole on the first
+            device.
         seed: Seed of what stays fresh.
         verbose: Print the report.
 
@@ -110,42 +117,108 @@ def load_params(
     """
     require(module, ("configure_model",))
     path = find_checkpoint(ckpt_path)
-    init = Initializer(module, seed, parse_precision("32-true"))
-    params, model_state = init.given or jax.jit(init.make_model)(init.seed)
-    here = {**dict(flat_items(params)), **dict(flat_items(model_state))}
+    init = Initializer(module, seed, _precision(trainer))
+    layout = None if trainer is None else _layout(trainer, init)
+    here = _specs(init, layout)
     sources = _sources(path, rename or {})
     selected = _selected(_loadable(here), include, exclude)
     _check(path, here, sources, selected)
-    values = {name: sources[name][1] for name in selected}
+    found = {name: sources[name] for name in selected}
     report = LoadReport(
         path=path,
-        loaded={name: sources[name][0] for name in selected},
-        cast={n: str(x.dtype) for n, x in values.items() if x.dtype != here[n].dtype},
-        fresh=tuple(name for name in here if name not in values),
-        unused=tuple(source for name, (source, _) in sources.items() if name not in values),
+        loaded={name: source.name for name, source in found.items()},
+        cast={n: str(x.spec.dtype) for n, x in found.items() if x.spec.dtype != here[n].dtype},
+        fresh=tuple(name for name in here if name not in found),
+        unused=tuple(source.name for name, source in sources.items() if name not in found),
     )
-    new = {n: jnp.asarray(values[n], x.dtype) if n in values else x for n, x in here.items()}
-    both = [nest({n: new[n] for n, _ in flat_items(tree)}) for tree in (params, model_state)]
+    new = {**_kept(init, layout, report.fresh), **_read(path, found, here)}
+    trees = init.params, init.model_state
+    both = [nest({n: new[n] for n, _ in flat_items(tree)}) for tree in trees]
     module.model = init.adapter.merge(*both, training=False)
     if verbose and distributed.is_first():
         Console().print(report)
     return report
 
 
-def _sources(path: Path, rename: Mapping[str, str]) -> dict[str, tuple[str, np.ndarray]]:
-    """Return what the checkpoint has, by the name in the model, with the name it has there."""
-    items = read_arrays(path, ("params", "model_state", "averaged"))
-    arrays = {**items.get("model_state", {}), **items.get("params", {})}
-    for name, value in items.get("averaged", {}).items():
-        item, _, rest = name.partition("/")
+class _Source(NamedTuple):
+    """An array of the checkpoint: its name as a parameter, where it is, and what."""
+
+    name: str
+    item: str
+    key: str
+    spec: Any
+
+
+def _precision(trainer: Trainer | None) -> Precision:
+    if trainer is None:
+        return parse_precision("32-true")
+    if not isinstance(trainer, Trainer):
+        raise ConfigError(
+            f"load_params got trainer={trainer!r}, expected the `Trainer` that will train: "
+            "`load_params(module, path, trainer=trainer)`."
+        )
+    return trainer.options.precision
+
+
+def _layout(trainer: Trainer, init: Initializer) -> Layout:
+    options = trainer.options
+    return layout_of(init, options, build_mesh(options.mesh))
+
+
+def _specs(init: Initializer, layout: Layout | None) -> dict[str, Any]:
+    """Return the specs of the model's arrays by name, with shardings if there is a layout."""
+    both = init.params, init.model_state
+    if layout is not None:
+        both = layout.of_variables(*both)
+    return {name: spec for tree in both for name, spec in flat_items(tree)}
+
+
+def _kept(init: Initializer, layout: Layout | None, names: Sequence[str]) -> dict[str, Any]:
+    """Return the arrays that the model has of its own, where they live."""
+
+    def make(seed: Any, given: Any = None) -> dict[str, Any]:
+        both = init.make_model(seed) if given is None else given
+        flat = {name: x for tree in both for name, x in flat_items(tree)}
+        return {name: flat[name] for name in names}
+
+    if init.given is not None:
+        return make(init.seed, init.given if layout is None else layout.place(init.given))
+    specs = _specs(init, layout)
+    where = None if layout is None else shardings({name: specs[name] for name in names})
+    return jax.jit(make, out_shardings=where)(init.seed) if names else {}
+
+
+def _read(
+    path: Path, found: Mapping[str, _Source], here: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Any]:
+    """Return arrays of a checkpoint by their names in the model, each where it lives there."""
+    wanted: Arrays = {}
+    for name, source in found.items():
+        spec, where = source.spec, here[name].sharding
+        if where is not None:
+            spec = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)
+        wanted.setdefault(source.item, {})[source.key] = spec
+    arrays = read_some(path, wanted)
+    values = {name: arrays[source.item][source.key] for name, source in found.items()}
+    return {name: jnp.asarray(x, here[name].dtype) for name, x in values.items()}
+
+
+def _sources(path: Path, rename: Mapping[str, str]) -> dict[str, _Source]:
+    """Return what the checkpoint has, by the name in the model."""
+    items = saved_specs(path, ("model_state", "params", "averaged"))
+    found: dict[str, _Source] = {}
+    for item in ("model_state", "params"):
+        found |= {name: _Source(name, item, name, x) for name, x in items[item].items()}
+    for key, spec in items["averaged"].items():
+        item, _, name = key.partition("/")
         if item in ("params", "model_state"):
-            arrays[rest] = value
+            found[name] = _Source(name, "averaged", key, spec)
     for old in rename:
-        if not matching(arrays, old):
+        if not matching(found, old):
             raise ConfigError(
-                f"rename: the checkpoint has no array below {old!r}.{nearest(old, arrays)}"
+                f"rename: the checkpoint has no array below {old!r}.{nearest(old, found)}"
             )
-    return {_renamed(name, rename): (name, value) for name, value in arrays.items()}
+    return {_renamed(name, rename): source for name, source in found.items()}
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:
@@ -185,7 +258,7 @@ def _check(
 ) -> None:
     lines, bad = [], []
     for name in selected:
-        found = sources[name][1] if name in sources else None
+        found = sources[name].spec if name in sources else None
         if found is None:
             lines.append(f"{name}: {_spec(here[name])} here, not saved")
         elif found.shape != here[name].shape or not jnp.issubdtype(found.dtype, jnp.inexact):

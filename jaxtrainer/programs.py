@@ -26,6 +26,7 @@ from jaxtrainer.guard import Guard, init_guard
 from jaxtrainer.layout import Layout
 from jaxtrainer.module import TrainModule
 from jaxtrainer.options import Options
+from jaxtrainer.partition import build_layout
 from jaxtrainer.patterns import refuse_unmatched
 from jaxtrainer.precision import Precision
 from jaxtrainer.remat import remat_calls
@@ -116,6 +117,12 @@ class Initializer:
         """Return XLA options for programs that run once."""
         small = size_of(self.params)[0] <= _SMALL_MODEL
         return {"xla_backend_optimization_level": 0} if small else {}
+
+
+def layout_of(init: Initializer, options: Options, mesh: Mesh) -> Layout:
+    """Return where the parameters of a model live, and what follows them."""
+    variables, may_idle = init.adapter.variables(init.params), isinstance(options.mesh, Mesh)
+    return build_layout(mesh, options.sharding, init.params, variables, may_idle=may_idle)
 
 
 def with_calls(init: Initializer, options: Options, *, is_trained: bool) -> Adapter:

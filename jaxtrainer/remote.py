@@ -116,6 +116,11 @@ class RemotePath(os.PathLike[str]):
         """Return the path with another last part."""
         return RemotePath(self.scheme, f"{self.key.rpartition('/')[0]}/{name}")
 
+    def exists(self) -> bool:
+        """Return whether there is an object of that name."""
+        with self._talking() as store:
+            return _short(store, "exists", self.key)
+
     def is_dir(self) -> bool:
         """Return whether there is anything below it."""
         return any(True for _ in self.iterdir())

@@ -13,14 +13,18 @@ import jax
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from jaxtrainer import distributed
 from jaxtrainer.bundle import write_bundle
 from jaxtrainer.data import IndexedSource, as_host_batch, num_rows
+from jaxtrainer.errors import DistributedError
 from jaxtrainer.feed import Feed
 from jaxtrainer.forensics import Finding, first_non_finite, names_of
 from jaxtrainer.guard import num_trained
 from jaxtrainer.loss_scale import loss_scale
+from jaxtrainer.manifest import on_host
 from jaxtrainer.module import thaw
 from jaxtrainer.programs import named_step
+from jaxtrainer.rows import held_rows, place_chunk
 from jaxtrainer.session import Session
 from jaxtrainer.sharding import batch_sharding, place
 from jaxtrainer.update import OptimizerOptions
@@ -73,14 +77,20 @@ class Replay:
             batch_idx: Its index in the epoch.
             directory: Where to write the bundle; None for none.
         """
-        evidence = Evidence(samples=self._samples(epoch, batch_idx))
+        evidence, problem, batch = Evidence(samples=self._samples(epoch, batch_idx)), "", None
         try:
             batch = self._batch(epoch, batch_idx)
-            return self._run(evidence, epoch, batch, directory)
+        except Exception as error:
+            problem = _problem(error)
+        # The processes run it together, or not at all.
+        problem = next(filter(None, distributed.gather(problem, "replay")), "")
+        if problem:
+            return replace(evidence, problem=problem)
+        try:
+            return self._run(evidence, epoch, self._placed(batch, batch_idx), directory)
         except Exception as error:
             # The batch was not finite: that is the error to be seen.
-            problem = f"the batch could not be run once more: {type(error).__name__}: {error}"
-            return replace(evidence, problem=problem)
+            return replace(evidence, problem=_problem(error))
 
     def _samples(self, epoch: int, batch_idx: int) -> str:
         if self.feed.shapes is not None:
@@ -101,6 +111,16 @@ class Replay:
             return as_host_batch(source.gather(rows))
         return as_host_batch(next(source.open(epoch, batch_idx))[0])
 
+    def _placed(self, batch: Any, batch_idx: int) -> Any:
+        mesh, source, rows = self.session.mesh, self.feed.source, num_rows(batch, "the batch")
+        if distributed.count() == 1:
+            return place(batch, batch_sharding(mesh, rows, stacked=False))
+        is_part = getattr(source, "is_partial", False)
+        rows = self.feed.rows if is_part else rows
+        held = held_rows(mesh, rows)
+        parts = jax.tree.map(lambda x: (held.padded(x) if is_part else held.of(x))[None], batch)
+        return jax.tree.map(lambda x: x[0], place_chunk(parts, mesh, rows))
+
     def _epoch_read(self, epoch: int) -> int:
         # With few batches to overfit each epoch reads the first.
         return 0 if self.session.options.overfit is not None else epoch
@@ -110,8 +130,6 @@ class Replay:
         # Frozen at this batch, its count is of batches after it; the key is of this one.
         frozen = int(state.guard["frozen"]) - 1
         state = state._replace(batch_count=np.int32(frozen))
-        rows = num_rows(batch, "the batch")
-        batch = place(batch, batch_sharding(self.session.mesh, rows, stacked=False))
         count = np.int32(num_trained(state))
         index = np.int32(epoch if self.counts_epochs else 0)
         arguments = (
@@ -136,11 +154,10 @@ class Replay:
         evidence = replace(evidence, finding=finding, problem=problem)
         if directory is None:
             return evidence
-        directory = _unused(directory)
         readme = f"# A batch that was not finite\n\n{evidence.samples}.\n\n{finding or problem}."
-        named = list(zip(inputs, leaves, strict=True))
-        write_bundle(directory, jaxpr_as_fun(closed), named, outputs, readme, str(closed))
-        return replace(evidence, directory=directory)
+        named = [(name, on_host(x)) for name, x in zip(inputs, leaves, strict=True)]
+        what = jaxpr_as_fun(closed), named, outputs, readme, str(closed)
+        return replace(evidence, directory=_written(directory, what))
 
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         try:
@@ -156,6 +173,26 @@ class Replay:
         jaxpr = closed.jaxpr.replace(outvars=[closed.jaxpr.outvars[i] for i in order])
         names = [asked[i] for i in order]
         return first_non_finite(closed.replace(jaxpr=jaxpr), leaves, inputs, names)
+
+
+def _problem(error: Exception) -> str:
+    return f"the batch could not be run once more: {type(error).__name__}: {error}"
+
+
+def _written(directory: Path, what: tuple[Any, ...]) -> Path:
+    """Write the bundle, process 0 for all; return where it is."""
+    told, failed = ["", ""], None
+    if distributed.is_first():
+        try:
+            directory = _unused(directory)
+            write_bundle(directory, *what)
+            told = [str(directory), ""]
+        except Exception as error:
+            told, failed = ["", f"{type(error).__name__}: {error}"], error
+    path, problem = distributed.broadcast(told, "replay")
+    if problem:
+        raise failed or DistributedError(f"process 0: {problem}")
+    return Path(path)
 
 
 def _unused(directory: Path) -> Path:

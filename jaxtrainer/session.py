@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
 
 from jaxtrainer import distributed
 from jaxtrainer.agreement import Agreement
@@ -37,10 +36,9 @@ from jaxtrainer.loaders import refuse_several
 from jaxtrainer.memory import is_out_of_memory
 from jaxtrainer.module import TrainModule, thaw
 from jaxtrainer.options import Options, accumulation_of, batch_limit
-from jaxtrainer.partition import build_layout
 from jaxtrainer.peers import peers_of
 from jaxtrainer.position import check_data, record_of, resume
-from jaxtrainer.programs import Initializer, shardings
+from jaxtrainer.programs import Initializer, layout_of, shardings
 from jaxtrainer.rows import of_this_process
 from jaxtrainer.run import Run
 from jaxtrainer.sharding import build_mesh, check_batch_size
@@ -168,9 +166,7 @@ class Session:
     @functools.cached_property
     def layout(self) -> Layout:
         """Return where parameters, and what follows them, live."""
-        params, variables = self.initializer.params, self.initializer.adapter.variables
-        sharding, may_idle = self.options.sharding, isinstance(self.options.mesh, Mesh)
-        return build_layout(self.mesh, sharding, params, variables(params), may_idle=may_idle)
+        return layout_of(self.initializer, self.options, self.mesh)
 
     @property
     def variables(self) -> tuple[PyTree, PyTree]:

@@ -25,9 +25,10 @@ from jaxtrainer.checkpoint import RECORD, Arrays, items_of, multiprocessing, orb
 from jaxtrainer.errors import CheckpointError, RunDirError
 from jaxtrainer.lock import NAME as LOCK
 from jaxtrainer.lock import lock_of
-from jaxtrainer.manifest import ARRAYS, THREADS, manifest_of, seal
+from jaxtrainer.manifest import ARRAYS, THREADS, manifest_of, on_host, seal
 from jaxtrainer.places import place
 from jaxtrainer.record import encode
+from jaxtrainer.remote import is_url
 from jaxtrainer.rundir import (
     clean,
     probe,
@@ -58,7 +59,8 @@ class CheckpointStore:
     """The checkpoints of one run directory, which nobody else writes in meanwhile.
 
     A save copies the arrays to the host and returns; a thread of the store writes them. What is
-    too large for a second copy, or not all on this process, Orbax copies and writes itself.
+    too large for a second copy, or not all on this process, Orbax copies and writes itself; for an
+    object store process 0 collects it.
 
     Of several processes each calls every method but `has_failed`, and what goes wrong on one of
     them is raised on all. Process 0 writes alone, but for arrays of which it has a part only.
@@ -111,14 +113,19 @@ class CheckpointStore:
             CheckpointError: If the save before this one failed.
         """
         self.wait()
-        self._lock.check()
+        _on_all(self._lock.check)
         items = items_of(snapshot.state)
+        # What is uploaded is put together on the disk of one process.
+        collects = is_url(self.directory) and distributed.count() > 1
+        if collects:
+            items = jax.tree.map(lambda x: x if _is_here(x) else on_host(x), items)
         record = encode({**snapshot.record, "device": small_arrays(snapshot.state)})
-        if _fits_host(items) and not _is_first():
+        fits = collects or _fits_host(items)
+        if fits and not _is_first():
             self._write = Future()
             self._write.set_result(None)
             return
-        if _fits_host(items):
+        if fits:
             job = partial(self._save_twice, step, _on_host(items), record, replaces)
         else:
             self._save_large(step, items, record)
@@ -244,9 +251,12 @@ def _refuse_other_run(directory: Path, resumed_step: int | None, damaged: Sequen
 
 
 def _fits_host(items: Arrays) -> bool:
-    return size_of(items)[1] <= HOST_COPY_BYTES and all(
-        x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(items)
-    )
+    return size_of(items)[1] <= HOST_COPY_BYTES and all(map(_is_here, jax.tree.leaves(items)))
+
+
+def _is_here(array: Any) -> bool:
+    """Return whether this process has the whole of an array."""
+    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def _on_first(act: Callable[[], None]) -> None:
@@ -307,7 +317,8 @@ def _check_shared(directory: Path) -> None:
 def _on_host(items: Arrays) -> Arrays:
     leaves, treedef = jax.tree.flatten(items)
     for leaf in leaves:
-        leaf.copy_to_host_async()
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
     # A copy: on the CPU backend a view would be overwritten by the next, donated, step.
     return jax.tree.unflatten(treedef, [np.array(leaf) for leaf in leaves])
 

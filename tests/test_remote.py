@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from jaxtrainer import Trainer, load_params
@@ -308,12 +307,6 @@ def test_store_whose_package_is_missing_names_the_extra(
 def test_url_where_a_disk_is_needed_is_refused(make: Any):
     with pytest.raises(ConfigError, match="only checkpoints can be kept in an object store"):
         make("gs://bucket/run")
-
-
-def test_several_processes_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="2 processes cannot save into an object store"):
-        CheckpointStore(URL)
 
 
 def test_default_root_dir_is_not_put_before_a_url(store: Store, tmp_path: Path):

@@ -15,8 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.cluster import run_cluster
 
 pytestmark = pytest.mark.stores
 
@@ -137,3 +140,21 @@ def test_bucket_that_does_not_exist_is_refused(bucket: Bucket):
     refused = bucket.start("fit", bucket.url.replace("bucket", "none"), "1", "")
     assert "RunDirError: " in refused.stderr
     assert "://none/run" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "fsdp"])
+def test_processes_save_together_and_one_goes_on(bucket: Bucket, mesh: str, tmp_path: Path):
+    def play(*args: object, processes: int = 2) -> Any:
+        names = ("AWS_", "STORAGE_", "GCSFS_")
+        env = {k: v for k, v in bucket.environment.items() if k.startswith(names)}
+        devices = 8 // processes
+        shape: Any = {"processes": processes, "devices": devices, "env": env}
+        return run_cluster("tests.endings_program", "saves", *args, **shape)
+
+    play(bucket.url, 1, mesh)
+    assert bucket.names() == ["step_4"]
+    alone = play(bucket.url, 2, mesh, bucket.url, processes=1)
+    assert alone.same("resumed") == 4
+    assert bucket.names() == ["step_4", "step_8"]
+    assert alone.same("params") == play(tmp_path / "run", 2, mesh).same("params")
