@@ -347,12 +347,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("launch: numbers of processes and devices are 1 or more.")
     if not args.module and not args.program:
         raise ConfigError("launch: what is to be run? `jaxtrainer launch --processes 2 train.py`")
-    if args.program and not args.module and not Path(args.program[0]).exists():
-        raise ConfigError(
-            f"launch: there is no {args.program[0]}; pass a script, or `-m package.module`."
-        )
-    if args.module and find_module(args.module) is None:
-        raise ConfigError(f"launch: there is no module {args.module!r} here, or on Python's path.")
     if not 0 <= args.host_index < args.hosts:
         raise ConfigError(
             f"launch: --host-index {args.host_index} of --hosts {args.hosts}: they are counted "
@@ -362,3 +356,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             "launch: with several hosts say where process 0 is: `--coordinator host0:12345`."
         )
+    if args.program and not args.module and not Path(args.program[0]).exists():
+        raise ConfigError(
+            f"launch: there is no {args.program[0]}; pass a script, or `-m package.module`."
+        )
+    if args.module and find_module(args.module) is None:
+        raise ConfigError(f"launch: there is no module {args.module!r} here, or on Python's path.")

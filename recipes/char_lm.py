@@ -9,8 +9,8 @@ The text is one file, mapped into memory and read at random places; a twentieth 
 validation. The gradients of two batches make an update. `--precision bf16-mixed` computes in
 bfloat16; `--remat` computes the inside of a block again in the backward pass instead of keeping
 it; with `--fsdp` each device keeps a part of the parameters. MFU, by XLA's count of operations, is
-shown where the device's peak is known. On 2 CPU cores it takes 8 minutes, at 10,000 bytes a second.
-Seed 0 prints, at the end:
+shown where the device's peak is known. On 2 CPU cores it takes 8 minutes, at 10,000 bytes a second;
+with seeds 0, 1, 2 the perplexity is 4.450, 4.492, 4.293. Seed 0 prints, at the end:
 
     perplexity: 4.450, or 2.154 bits a byte
 

@@ -52,7 +52,8 @@ def parse(words: list[str]) -> Any:
     return args
 
 
-def test_every_command_line_of_the_pages_is_taken():
+def test_every_command_line_of_the_pages_is_taken(in_tmp_path: Path):
+    (in_tmp_path / "train.py").touch()
     lines = commands(BOTH)
     for words in lines:
         assert parse(words).program == ["train.py"]
