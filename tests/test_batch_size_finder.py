@@ -165,6 +165,7 @@ def test_size_that_is_found_fits_and_twice_does_not():
     assert peaks[0] + waiting[0] <= LINE < peaks[1] + waiting[1]
 
 
+@pytest.mark.slow
 def test_bytes_needed_are_at_least_those_of_state_data_and_batch():
     finder = BatchSizeFinder(memory_bytes=LINE * 100)
     arrays = tiny.make_arrays(512)

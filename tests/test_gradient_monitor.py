@@ -175,6 +175,7 @@ def test_monitor_survives_a_resume(tmp_path: Path):
     assert resumed.history.step[name].values == whole.history.step[name].values[-2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitor", [None, GradientMonitor(histograms=True)], ids=["off", "on"])
 def test_monitor_leaves_training_alone(monitor: Callback | None):
     _, params = descended(monitor)

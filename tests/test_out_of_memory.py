@@ -96,6 +96,7 @@ def test_precision_and_rematerialisation_have_figures(monkeypatch: pytest.Monkey
     assert re.search(r"up to [\d.]+ KiB less", advised(notes, "rematerialisation"))
 
 
+@pytest.mark.slow
 def test_more_devices_are_advised_where_there_are_some(monkeypatch: pytest.MonkeyPatch):
     notes = run_out(monkeypatch, peak_at(ROWS) * 2 // 3)
     assert "over 8 devices, `mesh={'data': 8}`, each needs" in advised(notes, "sharding")

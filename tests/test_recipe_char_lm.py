@@ -82,6 +82,7 @@ def test_recipe_divides_its_parameters_over_the_devices(text, monkeypatch):
     assert seen[0]["blocks"]["0"]["up"]["kernel"].sharding.spec == jax.P(None, "data")
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_computes_in_it(make_model, mixed_dtypes):
     graphdef, state = nnx.split(make_model())
     model = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
@@ -103,6 +104,7 @@ def test_cached_logits_are_those_of_the_whole_text(make_model):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole_BTV, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_byte_changes_no_logits_before_it(make_model):
     model, token_BT = make_model(), random_tokens((1, 16))
     before_BTV, _ = model(token_BT)

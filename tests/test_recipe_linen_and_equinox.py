@@ -46,6 +46,7 @@ def test_statistics_of_linen_are_kept(noise_digits, in_tmp_path):
     assert np.mean(np.asarray(mean) > 0) > 0.5
 
 
+@pytest.mark.slow
 def test_equinox_model_comes_back_as_a_module(noise_digits, in_tmp_path):
     module = EquinoxDigits()
     train(module, noise_digits)

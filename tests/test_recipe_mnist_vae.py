@@ -40,6 +40,7 @@ def test_code_is_drawn_anew_in_each_call():
     assert (first != second).any()
 
 
+@pytest.mark.slow
 def test_weight_of_the_divergence_rises_to_one_in_a_fifth_of_the_steps(noise_digits):
     loader = data.from_arrays({"image": noise_digits}, batch_size=8, device_transform=to_float)
     trainer = Trainer(max_steps=10, log_every_n_steps=1, enable_progress_bar=False)

@@ -142,6 +142,7 @@ class Manual(tiny.Tiny):
         return self.minimize(lambda model: optax.l2_loss(model(batch["x"])).mean(), model)[0]
 
 
+@pytest.mark.slow
 def test_updates_of_the_step_itself_are_the_same():
     states = []
     for remat in (None, "blocks/*"):

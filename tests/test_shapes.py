@@ -275,7 +275,11 @@ def grain_sequences() -> Any:
     "batches",
     [3, pytest.param(8, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("make", [sequences, grain_sequences], ids=["list", "grain"])
+@pytest.mark.parametrize(
+    "make",
+    [sequences, pytest.param(grain_sequences, marks=pytest.mark.slow)],
+    ids=["list", "grain"],
+)
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Any, batches: int):
     whole, state = fit(make(), accumulate_grad_batches=2)
     fit(make(), accumulate_grad_batches=2, callbacks=[StopAt(batches), Checkpoint(tmp_path)])
@@ -409,6 +413,7 @@ def test_batch_that_is_not_finite_is_run_again_in_its_shape(tmp_path: Path):
     assert_says(caught.value, "batch 2 of the epoch, as the loader gave it", "log")
 
 
+@pytest.mark.slow
 def test_skipped_batches_of_another_shape_change_nothing():
     loader, modules = sequences((6, 9, 6, 9, 6)), [Breaks(), Breaks()]
     for module, batches in zip(modules, (loader, loader[::2]), strict=True):

@@ -31,7 +31,7 @@ def verify(*callbacks: Callback, module: Any = None, loader: Any = None, **optio
         {},
         pytest.param({"accumulate_grad_batches": 3}, marks=pytest.mark.slow),
         pytest.param({"steps_per_dispatch": 1, "val_check_interval": 3}, marks=pytest.mark.slow),
-        {"steps_per_dispatch": "auto", "at": [2, 9, 11]},
+        pytest.param({"steps_per_dispatch": "auto", "at": [2, 9, 11]}, marks=pytest.mark.slow),
     ],
     ids=["fused", "window", "single", "several"],
 )
