@@ -12,6 +12,7 @@ host        time of a step with one step a dispatch and with as many as the trai
             and 8 virtual devices of one process, and 8 of 2 and of 4. The maths is the same in all
 
     PYTHONPATH=. python benchmarks/processes.py
+    PYTHONPATH=. python benchmarks/processes.py --only costs
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from benchmarks.common import parse, parser
 from benchmarks.report import Report
 
 BEGAN = "BENCHMARK_BEGAN"
+TITLES = {
+    "costs": "what processes do together",
+    "watched": "the watchdog's two threads",
+    "host": "a step on virtual devices, by the trainer and by hand",
+}
 
 
 def run_processes(task: str, folder: Path, *, processes: int, devices: int) -> list[dict[str, Any]]:
@@ -167,7 +173,9 @@ def host() -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> Report | None:
-    args = parse(parser(__doc__), argv, rounds=3, short=1)
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=[*TITLES], help="these tables")
+    args = parse(options, argv, rounds=3, short=1)
     if args.child:
         from jaxtrainer import distributed
 
@@ -176,18 +184,14 @@ def main(argv: Sequence[str] | None = None) -> Report | None:
         path.write_text(json.dumps(answer))
         return None
     report = Report(name="processes", as_json=args.json)
-    rows = {"costs": [], "watched": [], "host": []}
-    for task, settings in _settings(args.short).items():
-        for processes, devices in settings:
+    for task in args.only or TITLES:
+        rows = []
+        for processes, devices in _settings(args.short)[task]:
             with tempfile.TemporaryDirectory() as folder:
                 answers = run_processes(task, Path(folder), processes=processes, devices=devices)
             slowest = {key: max(answer[key] for answer in answers) for key in answers[0]}
-            rows[task].append({"processes": processes, **slowest})
-    report.add("what processes do together", rows["costs"])
-    report.add("the watchdog's two threads", rows["watched"])
-    report.add(
-        "microseconds of a step on virtual devices, by the trainer and by hand", rows["host"]
-    )
+            rows.append({"processes": processes, **slowest})
+        report.add(TITLES[task], rows)
     report.finish()
     return report
 
