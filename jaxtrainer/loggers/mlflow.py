@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,6 @@ _LONGEST = 500
 _MOST = 100
 """Parameters in one call."""
 
-_MOST_METRICS = 1000
-"""Values in one call."""
-
-_BATCH_S = 5.0
-"""Seconds of scalars in one call: each is a request, or a transaction with its queries."""
-
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -47,9 +40,9 @@ class MLFlowLogger(Logger):
     With the scalars of a step come `epoch`, `samples` and `elapsed_s` (of the run, in seconds);
     MLflow's own axes are the optimiser step and the wall clock. Of a series with values of steps
     and exact means the latter have `_epoch` behind. Pictures (PNG), histograms (JSON) and texts
-    are artifacts. Scalars are sent every 5 seconds, and at the end. A call of `test` after `fit`
-    goes on in the same run; so does one that resumes in a new process, if it is told the `run_id`.
-    Points that a resumed run writes again stay there twice.
+    are artifacts. A call of `test` after `fit` goes on in the same run; so does one that resumes
+    in a new process, if it is told the `run_id`. Points that a resumed run writes again stay
+    there twice.
 
     Args:
         experiment_name: Name of the experiment, made if missing.
@@ -91,8 +84,6 @@ class MLFlowLogger(Logger):
         self._is_given = run_id is not None
         self._client: Any = None
         self._params: set[str] = set()
-        self._metrics: list[Any] = []
-        self._sent_at_s = 0.0
 
     def open(self, root: Path, call: Call) -> None:
         """Begin a run, or go on with it."""
@@ -100,7 +91,6 @@ class MLFlowLogger(Logger):
         if call.is_new and not self._is_given:
             self.run_id = None
             self._params = set()
-        self._metrics = []
         if self.run_id is None:
             found = self._client.get_experiment_by_name(self._experiment)
             experiment = (
@@ -134,7 +124,6 @@ class MLFlowLogger(Logger):
             case HyperParameters():
                 self._write_params(record)
             case End():
-                self._send()
                 self._client.set_tag(self.run_id, "stop_reason", record.reason)
                 self._client.set_terminated(self.run_id, _STATUS[record.status])
 
@@ -148,16 +137,9 @@ class MLFlowLogger(Logger):
         at = {"timestamp": round(1e3 * axes.unix_time_s), "step": axes.step}
         metric = self._mlflow.entities.Metric
         values = {**counts, **record.tagged}
-        # Before the record is taken: one that is tried again is not taken twice.
-        if time.monotonic() - self._sent_at_s >= _BATCH_S:
-            self._send()
-        self._metrics += [metric(_clean(n), float(v), **at) for n, v in values.items()]
-
-    def _send(self) -> None:
-        while self._metrics:
-            self._client.log_batch(self.run_id, metrics=self._metrics[:_MOST_METRICS])
-            del self._metrics[:_MOST_METRICS]
-        self._sent_at_s = time.monotonic()
+        metrics = [metric(_clean(n), float(v), **at) for n, v in values.items()]
+        for start in range(0, len(metrics), _MOST):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _MOST])
 
     def _write_params(self, record: HyperParameters) -> None:
         # MLflow refuses another value of one that is there.
