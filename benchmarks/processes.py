@@ -148,7 +148,7 @@ def host() -> dict[str, float]:
     from benchmarks import processes_child as child
     from jaxtrainer import distributed
 
-    # Between processes a step takes a hundred times as long.
+    # Between processes that share few cores a step takes far longer.
     steps, rounds = 512 if distributed.count() == 1 else 64, 3
     single, fused, hand, limit = [], [], [], []
     for _ in range(rounds):

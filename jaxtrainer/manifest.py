@@ -54,10 +54,15 @@ def damaged(items: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
 
 def on_host(array: Any) -> np.ndarray:
     """Return the whole of an array; all processes call it where each has a part only."""
+    if is_here(array):
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def is_here(array: Any) -> bool:
+    """Return whether this process has the whole of an array."""
     is_jax = isinstance(array, jax.Array)
-    if is_jax and not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+    return not is_jax or array.is_fully_addressable or array.is_fully_replicated
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:

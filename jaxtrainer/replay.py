@@ -87,7 +87,7 @@ class Replay:
         if problem:
             return replace(evidence, problem=problem)
         try:
-            return self._run(evidence, epoch, self._placed(batch, batch_idx), directory)
+            return self._run(evidence, epoch, self._placed(batch), directory)
         except Exception as error:
             # The batch was not finite: that is the error to be seen.
             return replace(evidence, problem=_problem(error))
@@ -111,7 +111,7 @@ class Replay:
             return as_host_batch(source.gather(rows))
         return as_host_batch(next(source.open(epoch, batch_idx))[0])
 
-    def _placed(self, batch: Any, batch_idx: int) -> Any:
+    def _placed(self, batch: Any) -> Any:
         mesh, source, rows = self.session.mesh, self.feed.source, num_rows(batch, "the batch")
         if distributed.count() == 1:
             return place(batch, batch_sharding(mesh, rows, stacked=False))

@@ -25,7 +25,7 @@ from jaxtrainer.checkpoint import RECORD, Arrays, items_of, multiprocessing, orb
 from jaxtrainer.errors import CheckpointError, RunDirError
 from jaxtrainer.lock import NAME as LOCK
 from jaxtrainer.lock import lock_of
-from jaxtrainer.manifest import ARRAYS, THREADS, manifest_of, on_host, seal
+from jaxtrainer.manifest import ARRAYS, THREADS, is_here, manifest_of, on_host, seal
 from jaxtrainer.places import place
 from jaxtrainer.record import encode
 from jaxtrainer.remote import is_url
@@ -118,10 +118,10 @@ class CheckpointStore:
         # What is uploaded is put together on the disk of one process.
         collects = is_url(self.directory) and distributed.count() > 1
         if collects:
-            items = jax.tree.map(lambda x: x if _is_here(x) else on_host(x), items)
+            items = jax.tree.map(lambda x: x if is_here(x) else on_host(x), items)
         record = encode({**snapshot.record, "device": small_arrays(snapshot.state)})
         fits = collects or _fits_host(items)
-        if fits and not _is_first():
+        if fits and not distributed.is_first():
             self._write = Future()
             self._write.set_result(None)
             return
@@ -170,7 +170,7 @@ class CheckpointStore:
         self._clean()
 
     def _clean(self) -> None:
-        if _is_first():
+        if distributed.is_first():
             self.notes.extend(clean(self.directory))
 
     def _save_once(self, step: int, items: Arrays, record: Any) -> None:
@@ -210,7 +210,7 @@ class CheckpointStore:
     def _end(self, step: int) -> None:
         with _failing_as(f"saving step {step} in {self.directory}"):
             publish(self.directory, step)
-            if self.durable and _is_first():
+            if self.durable and distributed.is_first():
                 self._sync(step)
 
     def _sync(self, step: int) -> None:
@@ -226,7 +226,7 @@ class CheckpointStore:
         try:
             yield
         except CheckpointError:
-            if _is_first():
+            if distributed.is_first():
                 self.notes.extend(clean(self.directory, step))
             raise
 
@@ -235,7 +235,7 @@ class CheckpointStore:
         self._delete([old for old in replaces if old != newest])
 
     def _delete(self, steps: Sequence[int]) -> None:
-        for step in steps if _is_first() else ():
+        for step in steps if distributed.is_first() else ():
             self.notes.extend(remove_step(self.directory, step))
 
 
@@ -251,19 +251,14 @@ def _refuse_other_run(directory: Path, resumed_step: int | None, damaged: Sequen
 
 
 def _fits_host(items: Arrays) -> bool:
-    return size_of(items)[1] <= HOST_COPY_BYTES and all(map(_is_here, jax.tree.leaves(items)))
-
-
-def _is_here(array: Any) -> bool:
-    """Return whether this process has the whole of an array."""
-    return array.is_fully_addressable or array.is_fully_replicated
+    return size_of(items)[1] <= HOST_COPY_BYTES and all(map(is_here, jax.tree.leaves(items)))
 
 
 def _on_first(act: Callable[[], None]) -> None:
     """Do something on process 0; what goes wrong with it is raised on all processes."""
     error: CheckpointError | None = None
     try:
-        if _is_first():
+        if distributed.is_first():
             act()
     except CheckpointError as caught:
         error = caught
@@ -331,7 +326,3 @@ def _failing_as(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"{what} failed: {error}") from error
-
-
-def _is_first() -> bool:
-    return jax.process_index() == 0
