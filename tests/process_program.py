@@ -10,14 +10,13 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from jaxtrainer import Callback, Every, Run, distributed
 from jaxtrainer.callbacks import Checkpoint
 from jaxtrainer.errors import CheckpointError
+from jaxtrainer.manifest import on_host
 from jaxtrainer.rundir import saved_steps
 from jaxtrainer.state import flat_items
 from jaxtrainer.store import CheckpointStore
@@ -97,10 +96,7 @@ def share(directory: str, epochs: str, mesh: str, path: str = "") -> None:
     batches = divided.batches()
     result = trainer.fit(module, batches, batches[:2], ckpt_path=path or None)
     params = nnx.to_pure_dict(nnx.state(module.model, nnx.Param))
-    whole = {
-        name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        for name, x in flat_items(params)
-    }
+    whole = {name: on_host(x) for name, x in flat_items(params)}
     say(params=digest(whole), parts=[not x.is_fully_replicated for _, x in flat_items(params)])
     say(resumed=module.run.resumed_step, losses=result.history["train/loss"].values)
     say(tested=trainer.validate(module, batches[:2], ckpt_path="last", verbose=False))
