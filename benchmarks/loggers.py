@@ -7,6 +7,8 @@ all           those, and TensorBoard, Weights & Biases (offline) and MLflow (in 
 <name>        that one alone (full form only)
 
 Epoch times leave out what comes after the last step: closing takes as long as the logger needs.
+Opening is in, over 20 epochs by default; the database of MLflow is there already, as it is for all
+runs but the first. A short run of each logger comes before.
 
     PYTHONPATH=. python benchmarks/loggers.py
 """
@@ -66,25 +68,29 @@ def installed() -> list[str]:
     return found
 
 
-def epochs_with(names: Sequence[str], epochs: int) -> Any:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder, "wandb").mkdir()
-        given = [make() for name, make in makers(folder).items() if name in names]
-        options = {"enable_progress_bar": False, "steps_per_dispatch": 32, "logger": given}
-        return trained(mnist_mlp(256), epochs, only=[Pictures()], **options)
+def epochs_with(names: Sequence[str], epochs: int, folder: str) -> Any:
+    given = [make() for name, make in makers(folder).items() if name in names]
+    options = {"enable_progress_bar": False, "steps_per_dispatch": 32, "logger": given}
+    return trained(mnist_mlp(256), epochs, only=[Pictures()], **options)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    args = parse(parser(__doc__), argv, rounds=7)
+    options = parser(__doc__)
+    options.set_defaults(epochs=20)
+    args = parse(options, argv, rounds=7)
     report = Report(name="loggers", as_json=args.json)
     every = installed()
     sets = {"none": [], "files": every[:2], "all": every}
     if not args.short:
         sets |= {name: [name] for name in every}
-    runs = {
-        name: functools.partial(epochs_with, names, args.epochs) for name, names in sets.items()
-    }
-    results = interleave(runs, args.rounds)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder, "wandb").mkdir()
+        epochs_with(every, 1, folder)
+        runs = {
+            name: functools.partial(epochs_with, names, args.epochs, folder)
+            for name, names in sets.items()
+        }
+        results = interleave(runs, args.rounds)
     rows = rows_of(results, mnist_mlp(256).num_batches, ())
     table = [row | {"/ none": ratio(results, row["run"], "none")} for row in rows]
     report.add(f"MNIST MLP, batch 256; all: {', '.join(every)}", table)

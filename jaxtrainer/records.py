@@ -1,6 +1,6 @@
 """What loggers get: scalars, images, histograms, texts, hyper-parameters; checked when made.
 
-Imports NumPy and `errors` only.
+Imports NumPy, `errors` and `png` only.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from jaxtrainer.errors import LogError
+from jaxtrainer.png import encode_png
 
 AXES = ("step", "epoch", "samples", "elapsed_s", "unix_time_s")
 _RESERVED = (*AXES, "kind")
@@ -74,6 +76,11 @@ class Image:
     axes: Axes
     name: str
     pixels: np.ndarray
+
+    @cached_property
+    def png(self) -> bytes:
+        """The file, encoded once for all loggers."""
+        return encode_png(self.pixels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,7 @@ LEVELS = {
     "jaxtrainer.trainer": 6,
     "jaxtrainer.tuning": 6,
     "jaxtrainer.verify": 6,
+    "jaxtrainer.__main__": 7,
     "jaxtrainer.cli": 7,
     "jaxtrainer.commandline": 7,
     "jaxtrainer.inspection": 4,

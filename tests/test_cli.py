@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -306,6 +307,14 @@ def test_missing_extra_is_named(
 ):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert "pip install 'jaxtrainer[cli]'" in says(capsys, "fit", MODULE)
+
+
+def test_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["jaxtrainer", "report", "nowhere"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("jaxtrainer", run_name="__main__")
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("jaxtrainer: nowhere is no directory")
 
 
 def test_completion_has_the_options_of_the_trainer(capsys: pytest.CaptureFixture[str]):

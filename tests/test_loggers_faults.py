@@ -211,6 +211,58 @@ def test_queue_that_has_room_again_takes_what_comes(box: Any, monkeypatch: pytes
     assert len(keeps.records) == 2
 
 
+class Gathers(Keeps):
+    """Keeps, for each flush, the steps that were written before it."""
+
+    gather_s = 60.0
+
+    def __init__(self, failures: int = 0) -> None:
+        super().__init__()
+        self.bursts: list[list[int]] = []
+        self.failures = failures
+
+    def flush(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("no connection")
+        self.bursts.append([r.axes.step for r in self.records])
+
+
+def test_records_wait_for_others_and_are_flushed_together(box: Any):
+    gathers = Gathers()
+    one = box(gathers)
+    for step in range(10):
+        one.put(record(step))
+    assert not gathers.records
+    one.end()
+    one.join(20.0)
+    assert gathers.bursts == [[*range(10)]]
+
+
+def test_half_a_queue_is_written_at_once(box: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(outbox, "MAX_RECORDS", 8)
+    gathers, written = Gathers(), threading.Event()
+    one = box(gathers)
+    for step in range(5):
+        one.put(record(step))
+    while not gathers.bursts:
+        written.wait(0.001)
+    assert gathers.bursts == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(("failures", "counts"), [(4, (3, 0)), (10**6, (0, 3))])
+def test_flush_is_tried_again_and_what_it_loses_is_counted(
+    failures: int, counts: tuple[int, int], box: Any
+):
+    one = box(Gathers(failures))
+    for step in range(3):
+        one.put(record(step))
+    one.end()
+    one.join(20.0)
+    assert (one.written, one.dropped) == counts
+    assert one.is_off == (counts == (0, 3))
+
+
 class FullDisk:
     """Takes a part of the first write that comes after `count` others, and refuses the rest."""
 

@@ -13,7 +13,6 @@ from typing import Any
 from jaxtrainer.errors import checks_options
 from jaxtrainer.loggers.logger import Call, Logger, directory_of, free_path, set_aside
 from jaxtrainer.loggers.table import Format, Row, Table
-from jaxtrainer.png import encode_png
 from jaxtrainer.records import (
     AXES,
     Axes,
@@ -87,7 +86,7 @@ class JSONLinesLogger(Logger):
         name = _UNKNOWN.sub("_", record.name)
         path = free_path(folder / f"{name}_{record.axes.step}.png")
         new = path.with_name(f".{path.name}.tmp")
-        new.write_bytes(encode_png(record.pixels))
+        new.write_bytes(record.png)
         new.replace(path)
         return f"{IMAGES}/{path.name}"
 

@@ -34,13 +34,14 @@ class Call:
 class Logger(ABC):
     """Base of all loggers.
 
-    `open`, `write` and `close` run in a thread of the logger's own, so that they may take their
-    time, and fail: a record that cannot be written is tried again, and after five failures in a
-    row the logger is left out for the rest of the call. A call without a record opens nothing.
+    `open`, `write`, `flush` and `close` run in a thread of the logger's own, so that they may take
+    their time, and fail: a record that cannot be written is tried again, and after five failures in
+    a row the logger is left out for the rest of the call. A call without a record opens nothing.
 
     Attributes:
         directory: Directory of its files, which is looked at before anything compiles; None for
             a logger without.
+        gather_s: Seconds for which records wait for others, to be written in one burst.
         flush_timeout_s: Seconds that the end of a call waits for the records that are left.
 
     Example:
@@ -50,6 +51,7 @@ class Logger(ABC):
     """
 
     directory: str | None = None
+    gather_s: float = 0.0
     flush_timeout_s: float = 10.0
 
     def check(self, root: Path, call: Call) -> None:
@@ -67,7 +69,10 @@ class Logger(ABC):
 
     @abstractmethod
     def write(self, record: Record) -> None:
-        """Write a record, so that it outlives the process; one of a kind unknown to it: nothing."""
+        """Write a record; one of a kind unknown to it: nothing."""
+
+    def flush(self) -> None:  # noqa: B027 (a logger may write each record at once)
+        """After a burst of records: see that what `write` has taken outlives the process."""
 
     def close(self) -> None:  # noqa: B027 (a logger may need none)
         """Let go of what `open` has opened; the last record was an `End`, or it was left out."""

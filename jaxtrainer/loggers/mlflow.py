@@ -12,7 +12,6 @@ from typing import Any
 from jaxtrainer.errors import checks_options
 from jaxtrainer.loggers.json_lines import strict
 from jaxtrainer.loggers.logger import Call, Logger, missing
-from jaxtrainer.png import encode_png
 from jaxtrainer.records import (
     End,
     Histogram,
@@ -31,6 +30,9 @@ _LONGEST = 500
 _MOST = 100
 """Parameters in one call."""
 
+_MOST_METRICS = 1000
+"""Values in one call."""
+
 _STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -40,9 +42,9 @@ class MLFlowLogger(Logger):
     With the scalars of a step come `epoch`, `samples` and `elapsed_s` (of the run, in seconds);
     MLflow's own axes are the optimiser step and the wall clock. Of a series with values of steps
     and exact means the latter have `_epoch` behind. Pictures (PNG), histograms (JSON) and texts
-    are artifacts. A call of `test` after `fit` goes on in the same run; so does one that resumes
-    in a new process, if it is told the `run_id`. Points that a resumed run writes again stay
-    there twice.
+    are artifacts. Records are sent every 5 seconds, and at the end. A call of `test` after `fit`
+    goes on in the same run; so does one that resumes in a new process, if it is told the `run_id`.
+    Points that a resumed run writes again stay there twice.
 
     Args:
         experiment_name: Name of the experiment, made if missing.
@@ -59,6 +61,8 @@ class MLFlowLogger(Logger):
         >>> logger = MLFlowLogger(tracking_uri="sqlite:///mlflow.db")  # doctest: +SKIP
     """
 
+    # Each sending of scalars is a request, or a transaction.
+    gather_s = 5.0
     flush_timeout_s = 60.0
 
     @checks_options
@@ -84,9 +88,11 @@ class MLFlowLogger(Logger):
         self._is_given = run_id is not None
         self._client: Any = None
         self._params: set[str] = set()
+        self._metrics: list[Any] = []
 
     def open(self, root: Path, call: Call) -> None:
         """Begin a run, or go on with it."""
+        self._metrics = []
         self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
         if call.is_new and not self._is_given:
             self.run_id = None
@@ -107,12 +113,12 @@ class MLFlowLogger(Logger):
         """Log it."""
         match record:
             case Scalars():
-                self._write_scalars(record)
+                self._metrics += self._metrics_of(record)
             case Image():
                 name = f"{_clean(record.name)}_{record.axes.step}.png"
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder, name.replace("/", "_"))
-                    path.write_bytes(encode_png(record.pixels))
+                    path.write_bytes(record.png)
                     self._client.log_artifact(self.run_id, str(path), "images")
             case Histogram():
                 counted = {"counts": record.counts.tolist(), "edges": record.edges.tolist()}
@@ -124,22 +130,27 @@ class MLFlowLogger(Logger):
             case HyperParameters():
                 self._write_params(record)
             case End():
+                self.flush()
                 self._client.set_tag(self.run_id, "stop_reason", record.reason)
                 self._client.set_terminated(self.run_id, _STATUS[record.status])
+
+    def flush(self) -> None:
+        """Send the scalars."""
+        while self._metrics:
+            self._client.log_batch(self.run_id, metrics=self._metrics[:_MOST_METRICS])
+            del self._metrics[:_MOST_METRICS]
 
     def close(self) -> None:
         """Let go of the client."""
         self._client = None
 
-    def _write_scalars(self, record: Scalars) -> None:
+    def _metrics_of(self, record: Scalars) -> list[Any]:
         axes = record.axes
         counts = {"epoch": axes.epoch, "samples": axes.samples, "elapsed_s": axes.elapsed_s}
         at = {"timestamp": round(1e3 * axes.unix_time_s), "step": axes.step}
         metric = self._mlflow.entities.Metric
         values = {**counts, **record.tagged}
-        metrics = [metric(_clean(n), float(v), **at) for n, v in values.items()]
-        for start in range(0, len(metrics), _MOST):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + _MOST])
+        return [metric(_clean(n), float(v), **at) for n, v in values.items()]
 
     def _write_params(self, record: HyperParameters) -> None:
         # MLflow refuses another value of one that is there.

@@ -114,16 +114,39 @@ class Outbox:
         root, call = self._opening
         if not self._try(lambda: self.logger.open(root, call)):
             return
-        while (record := self._next()) is not None:
-            if not self._try(lambda record=record: self.logger.write(record)):
-                break
-            self._done(record)
+        while self._has_burst() and self._write_burst():
+            pass
         self._try(self.logger.close, tries=1)
 
-    def _next(self) -> Record | None:
+    def _has_burst(self) -> bool:
+        """Wait for a record, and for those that come soon after; False at the end."""
         with self._state:
-            while not self._queue and not self._is_ending:
-                self._state.wait()
+            self._state.wait_for(lambda: self._queue or self._is_ending)
+            self._state.wait_for(self._is_enough, self.logger.gather_s)
+            return bool(self._queue) and not self.is_off
+
+    def _is_enough(self) -> bool:
+        # Half of the room is left for those that come meanwhile.
+        is_much = len(self._queue) > MAX_RECORDS // 2 or self._bytes > MAX_BYTES // 2
+        return is_much or self._is_ending or self.is_off
+
+    def _write_burst(self) -> bool:
+        """Write what there is; returns whether the logger is still on."""
+        taken = 0
+        while (record := self._first()) is not None:
+            if not self._try(lambda record=record: self.logger.write(record)):
+                return False
+            self._done(record)
+            taken += 1
+        if self._try(self.logger.flush):
+            return True
+        with self._state:
+            self.written -= taken
+            self.dropped += taken
+        return False
+
+    def _first(self) -> Record | None:
+        with self._state:
             return self._queue[0] if self._queue and not self.is_off else None
 
     def _done(self, record: Record) -> None:

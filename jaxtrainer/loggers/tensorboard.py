@@ -18,7 +18,6 @@ import numpy as np
 from jaxtrainer.errors import checks_options
 from jaxtrainer.loggers.json_lines import strict
 from jaxtrainer.loggers.logger import Call, Logger, directory_of, free_path, missing
-from jaxtrainer.png import encode_png
 from jaxtrainer.records import (
     End,
     Histogram,
@@ -154,7 +153,7 @@ class _Messages:
             height=height,
             width=width,
             colorspace=_COLOUR_SPACE[channels],
-            encoded_image_string=encode_png(record.pixels),
+            encoded_image_string=record.png,
         )
         return self.summary.Summary(value=[self.value(tag=record.name, image=picture)])
 
