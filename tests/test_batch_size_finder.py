@@ -177,6 +177,7 @@ def test_bytes_needed_are_at_least_those_of_state_data_and_batch():
         assert trial.bytes_needed >= state + resident + 20 * trial.batch_size
 
 
+@pytest.mark.slow
 def test_run_after_the_finder_is_one_of_that_size():
     finder = BatchSizeFinder(memory_bytes=LINE // 2, init_val=4)
     result, state = tiny.fit(tiny.make_loader(64, 2), callbacks=[finder], max_epochs=2)

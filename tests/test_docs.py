@@ -52,7 +52,7 @@ def rows(text: str) -> Iterator[list[str]]:
 
 
 SLOW = {"callbacks", "checkpoints", "data", "debugging", "guarantees", "loggers", "module"}
-SLOW |= {"from-lightning", "performance", "precision", "trainer"}
+SLOW |= {"from-keras", "from-lightning", "performance", "precision", "trainer"}
 """Pages whose programs compile for some seconds; `make test-docs` runs those of all pages."""
 
 DOCUMENTS = [

@@ -190,7 +190,9 @@ def failing_fit(inner: Any, loader: Any, guard: NonFinite, **options: Any) -> No
     ("inner", "mark", "is_gradient"),
     [(Logs, "in the module", False), (Divides, "in the gradient", True)],
 )
-@pytest.mark.parametrize("steps", [1, 4], ids=["single", "fused"])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(1, marks=pytest.mark.slow), 4], ids=["single", "fused"]
+)
 def test_error_names_module_and_line(inner: Any, mark: str, is_gradient: bool, steps: int):
     guard = NonFinite(dirpath=None)
     error: Any = failing_fit(inner, zeros_at(2), guard, steps_per_dispatch=steps)

@@ -170,7 +170,10 @@ def test_suggestion_does_not_depend_on_the_devices(devices: int):
     "tx",
     [
         lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate),
-        lambda rate: optax.chain(optax.clip(1.0), optax.sgd(rate / 2, momentum=0.9)),
+        pytest.param(
+            lambda rate: optax.chain(optax.clip(1.0), optax.sgd(rate / 2, momentum=0.9)),
+            marks=pytest.mark.slow,
+        ),
         with_cosine,
     ],
     ids=["injected", "scaled", "schedule"],

@@ -54,7 +54,7 @@ def test_error_of_the_first_batch_names_it():
     refused(OSError, "while reading train batch 0 of epoch 0", loader=Failing(0, fail))
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_run_goes_on_at_the_batch_that_failed(tmp_path: Path, steps: int):
     options: Any = {"max_epochs": 2, "steps_per_dispatch": steps}
     _, whole = tiny.fit(tiny.make_batches(6), **options)
@@ -227,6 +227,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_stuck_thread_of_an_executor_does_not_keep_the_program_alive():
     done = run_program("executor")
     assert "DataTimeoutError" in done.stderr

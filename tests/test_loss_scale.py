@@ -178,7 +178,7 @@ class ZeroNans(Manual):
         return Optimizer(optax.chain(optax.zero_nans(), optax.adam(1e-2)))
 
 
-@pytest.mark.parametrize("kind", [ZeroNans, GAN])
+@pytest.mark.parametrize("kind", [pytest.param(ZeroNans, marks=pytest.mark.slow), GAN])
 def test_updates_of_the_step_itself_are_scaled_and_left_out(kind: Any):
     batches = batches_with((4, 5), num=6, value=np.inf)
     _, state = fit(batches, module=kind())

@@ -154,7 +154,9 @@ def test_sigterm_ends_a_program_in_compiled_code(tmp_path: Path):
     assert "SIGTERM: the process does not come to an end" in text
 
 
-@pytest.mark.parametrize("number", [*LEFT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_second_signal_does_not_wait_for_a_save(tmp_path: Path, number: signal.Signals):
     code, text = left(tmp_path, "stuck_save", number)
     assert code == 128 + number
